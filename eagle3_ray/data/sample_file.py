@@ -1,0 +1,118 @@
+"""Open one `.pt` file and recognise what it holds by its whole key set.
+
+    v1  input_ids [S]  loss_mask [S]  hidden_states: list of A+1 tensors [S, H], the last one before the final norm
+    v0  input_ids [S]  loss_mask [S]  hidden_state [S, A*H]   target [S, H], the last state after the final norm
+
+Other producers use the same names for other things (SpecForge's `hidden_state` is the last state), so one key
+never decides. `samples` checks the tensors.
+"""
+
+import os
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+KEYS = {
+    0: frozenset({"input_ids", "loss_mask", "hidden_state", "target"}),
+    1: frozenset({"input_ids", "loss_mask", "hidden_states"}),
+}
+SPECFORGE_KEYS = frozenset({"input_ids", "loss_mask", "hidden_state", "aux_hidden_state"})
+
+TOKEN_FREQUENCIES = "token frequencies, not a sample"  # the one kind of problem that an index passes over quietly
+REGENERATE = "Regenerate the file or move it away."
+
+# What torch.load raised on some thousand randomly damaged sample files.
+DAMAGED_FILE_ERRORS = (
+    RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError,
+    pickle.UnpicklingError,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a file is no usable sample.
+
+    Attributes:
+        kind: the same words for all files with this problem, to count by.
+        detail: what was expected and what was found in this file.
+        advice: what to do.
+    """
+
+    kind: str
+    detail: str
+    advice: str = REGENERATE
+
+
+def read_sample_file(path: str, data_format_version: int) -> dict[str, object] | Problem:
+    """Return the content of a file whose keys are those of the format asked for, else why it is not.
+
+    The tensors are mapped, not read: their bytes are fetched when they are used.
+
+    Args:
+        path: a local file.
+        data_format_version: 0 or 1.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except DAMAGED_FILE_ERRORS as error:
+        return _problem_of_unreadable_file(path, error)
+    if isinstance(content, Mapping) and frozenset(content) == KEYS[data_format_version]:
+        return dict(content)
+    return _problem_of_other_content(content, data_format_version)
+
+
+def _problem_of_unreadable_file(path: str, error: Exception) -> Problem:
+    try:
+        num_bytes = os.path.getsize(path)
+        with open(path, "rb") as file:
+            head = file.read(4)
+    except OSError as os_error:
+        return Problem(
+            "cannot be opened",
+            f"cannot be opened ({os_error.strerror}), expected a sample.",
+            "On a cluster every node must see the data at the same path and may read it.",
+        )
+    if num_bytes == 0:
+        return Problem("empty", "is empty (0 bytes), expected a sample.")
+    if not head.startswith(b"PK"):
+        return Problem(
+            "not a torch file",
+            f"is not a file that torch.save writes (it begins with {head!r}), expected its zip form.",
+            "Save it again with torch.save of a current torch, or move it away.",
+        )
+    if isinstance(error, pickle.UnpicklingError) and "Unsupported global" in str(error):
+        return Problem(
+            "holds Python objects",
+            "holds Python objects other than tensors, which are never loaded; expected a dict of tensors.",
+            "Save plain tensors, or move the file away.",
+        )
+    return Problem(
+        "cut short or damaged",
+        f"is cut short or damaged ({num_bytes:,} bytes; {type(error).__name__} in torch.load), expected a sample.",
+        "Wait if it is still being written, else regenerate the file or move it away.",
+    )
+
+
+def _problem_of_other_content(content: object, version: int) -> Problem:
+    """Say what a readable file is, if not a sample of this version."""
+    wanted = f"expected a v{version} sample {_braced(KEYS[version])}."
+    if not isinstance(content, Mapping):
+        return Problem("not a sample", f"holds a {type(content).__name__}, {wanted}")
+    if content and all(isinstance(key, int) and isinstance(value, int) for key, value in content.items()):
+        return Problem(TOKEN_FREQUENCIES, f"is a token-frequency file (dict of int to int), {wanted}", "Move it away.")
+    keys = frozenset(content)
+    found = f"{_braced(keys)}, {wanted}"
+    if keys == KEYS[1 - version]:
+        advice = f"Pass --data-format-version {1 - version}, or regenerate the file."
+        return Problem(f"a v{1 - version} sample", f"is a v{1 - version} sample {found}", advice)
+    if keys == SPECFORGE_KEYS:
+        return Problem("a SpecForge sample", f"is a SpecForge sample, whose hidden_state is the last state, {found}")
+    missing = KEYS[version] - keys
+    lacks = f"lacks {', '.join(sorted(missing))}: " if missing else ""
+    return Problem("not a sample", f"{lacks}has the keys {found}")
+
+
+def _braced(keys: frozenset[object]) -> str:
+    return "{" + ", ".join(sorted(map(str, keys))) + "}"
