@@ -1,147 +1,256 @@
-"""The one typed schema: every flag, its default, its help text with units, and its checks.
+"""The one typed schema: every flag, its default, its meaning with units, and its checks.
 
-The command line (`cli.py`), the YAML file behind `--config`, `run.yaml`, and the README's flag table are
-all derived from these classes; nothing else states a default. Imports neither torch nor ray, so that
-`--help` answers at once.
+The command line (`cli.py`), the file behind `--config` and `run.yaml` (`settings_file.py`), and the README's
+tables (`flags.py`) are all derived from these classes; nothing else states a default. A class that a verb's
+settings inherit from is a section: its fields stand together in `--help`, and code that needs only those fields
+asks for that class.
+
+A field's description is its help text. What follows "Default:" in it says what a default of None stands for.
+Imports neither torch nor ray, so that `--help` answers at once.
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from eagle3_ray.schema import Settings
 
 LOGGER_NAMES = ("tensorboard", "wandb", "trackio")
 
+LayerIds = tuple[Annotated[int, Field(ge=0)], ...]
 
-class Settings(BaseModel):
-    """What every verb's settings share: frozen, and no unknown key is accepted."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+def _check_layer_ids(ids: LayerIds | None) -> LayerIds | None:
+    # Servers collect layers in rising order and a repeated one once, whatever order config.json lists them in.
+    if ids is not None and (not ids or list(ids) != sorted(set(ids))):
+        raise ValueError("must rise from one layer to the next, none twice")
+    return ids
 
 
 class ModelSettings(Settings):
-    """Shape of the draft; everything else of its shape is inherited from the verifier."""
+    """Shape of the draft; sizes, heads and RoPE come from the verifier."""
 
     num_layers: int = Field(1, ge=1, description="Decoder layers of the draft.")
     norm_before_residual: bool = Field(
-        True, description="Residual stream of the first layer starts at the normed hidden state (SGLang needs False)."
+        True,
+        description="The first layer's residual is the normed hidden state; SGLang needs --no-norm-before-residual.",
     )
     norm_before_fc: bool = Field(False, description="One RMSNorm over all auxiliary states before fc (EAGLE-3.1).")
     fc_norm: bool = Field(False, description="One RMSNorm per auxiliary state before fc; excludes --norm-before-fc.")
     norm_output: bool = Field(False, description="Hand the normed hidden state to the next TTT step (EAGLE-3.1).")
-    ttt_steps: int = Field(3, ge=1, description="Training-time-test steps P: tokens drafted in a row while training.")
+    ttt_steps: int = Field(3, ge=1, description="Training-time-test steps: tokens drafted in a row while training.")
     ttt_step_loss_decay: float = Field(1.0, gt=0, le=1, description="Step k's loss is weighted by this to the power k.")
 
 
-class TrainSettings(ModelSettings):
-    """Train an EAGLE-3 draft on a Ray cluster from a verifier's hidden states on disk."""
-
-    verifier_name_or_path: str = Field(description="Verifier: a transformers folder or a hub id.")
-    data_path: Path = Field(Path("./data"), description="Folder of .pt samples, searched at any depth.")
-    save_path: Path = Field(Path("./checkpoints"), description="Run folder: one sub-folder a checkpoint.")
-    log_dir: Path = Field(Path("./logs"), description="Where the loggers write.")
-    config: Path | None = Field(None, description="YAML file with these settings by the same names; flags win.")
+class OptimizerSettings(Settings):
+    """How the draft learns; one step is one update of the weights."""
 
     epochs: int = Field(20, ge=1, description="Passes over the training samples.")
-    max_steps: int | None = Field(None, ge=1, description="Stop after this many optimizer steps, all epochs counted.")
+    max_steps: int | None = Field(
+        None, ge=1, description="Steps to stop after, all epochs counted. Default: all steps of all epochs."
+    )
     lr: float = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
-    warmup_frac: float = Field(0.01, ge=0, lt=1, description="Share of all steps over which the rate rises; 0 is allowed.")
-    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this global norm.")
-    noise_std: float = Field(0.05, ge=0, description="Half-width of the uniform noise on auxiliary states, training only.")
-    seed: int = Field(0, ge=0, description="Seed of the split, the packing, the noise and the initial weights.")
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="Compute dtype; masters stay fp32. auto: bf16 on GPUs, fp32 on CPUs."
+    warmup_frac: float = Field(0.01, ge=0, lt=1, description="Share (0..1) of all steps over which the rate rises.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Global norm that gradients are clipped to.")
+    noise_std: float = Field(
+        0.05, ge=0, description="Half-width of the uniform noise on auxiliary states; in training only."
     )
+    seed: int = Field(
+        0, ge=0, lt=2**32, description="Seed of the split, the packing, the noise and the initial weights."
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="Compute dtype; master weights stay fp32. auto: bf16 on GPUs, fp32 on CPUs."
+    )
+
+
+class DataSettings(Settings):
+    """How samples become the packed bins of a step."""
 
     total_seq_len: int = Field(8192, ge=2, description="Tokens in a packed bin.")
     data_format_version: Literal[0, 1] = Field(
-        1, description="1: last hidden state before the verifier's final norm; 0: after it."
+        1, description="What the samples' last hidden state is. 1: before the verifier's final norm; 0: after it."
     )
-    aux_layer_ids: tuple[int, ...] | None = Field(
+    aux_layer_ids: LayerIds | None = Field(
         None,
-        description="Auxiliary layers in serving numbering (id k enters layer k). "
-        "Default: data_config.json beside the shards, else 2, n//2, n-3.",
+        description="Auxiliary layers in serving numbering (id k is the state that enters layer k), rising. "
+        "Default: data_config.json beside the samples, else 2, n//2, n-3 of n layers.",
     )
-    train_frac: float = Field(0.9, gt=0, le=1, description="Share of the files trained on; the rest validates.")
+    train_frac: float = Field(0.9, gt=0, le=1, description="Share (0..1) of the files trained on; the rest validates.")
     pack_in: Literal["worker", "task"] = Field(
-        "worker", description="Where samples become bins: the rank's own thread, or Ray tasks ahead of it."
+        "worker", description="Where samples become bins: in the rank's own thread, or in Ray tasks ahead of it."
     )
     bins_per_step: int | None = Field(
-        None, ge=1, description="Bins in one optimizer step over all workers. Default: the number of workers."
+        None, ge=1, description="Bins in one step over all workers. Default: the number of workers."
     )
 
-    d2t_path: Path = Field(Path("d2t.npy"), description="Offsets draft id -> verifier id, int64 [draft vocabulary].")
-    t2d_path: Path = Field(Path("t2d.npy"), description="Mask of verifier ids the draft keeps, bool [verifier vocabulary].")
+    _rising = field_validator("aux_layer_ids")(_check_layer_ids)
+
+
+class VocabularySettings(Settings):
+    """Which tokens the draft can say: from these files, or chosen before training when neither is there."""
+
+    d2t_path: Path = Field(
+        Path("d2t.npy"), description="Offsets from draft id to verifier id, int64 [draft vocabulary]."
+    )
+    t2d_path: Path = Field(Path("t2d.npy"), description="Mask of the verifier ids kept, bool [verifier vocabulary].")
     draft_vocab_size: int | None = Field(
         None, ge=1, description="Tokens the draft can say. Default: 32000, or the verifier's vocabulary if smaller."
     )
     token_freq_path: Path | None = Field(
-        None, description="Token counts to choose the draft vocabulary by. Default: counted from the samples."
+        None, description="Token counts to choose the vocabulary by. Default: counted from the samples."
     )
+
+
+class ClusterSettings(Settings):
+    """What the run takes of the Ray cluster: RAY_ADDRESS if set, else a Ray of its own on this machine."""
 
     num_workers: int | None = Field(None, ge=1, description="Ranks. Default: every GPU of the cluster, or 1 on CPUs.")
     use_gpu: bool | None = Field(None, description="Train on GPUs. Default: if the cluster has any.")
+    max_failures: int = Field(
+        0, ge=-1, description="Restarts from the last checkpoint after a lost worker; -1: without limit."
+    )
+
+
+class CheckpointSettings(Settings):
+    """When state is stored, and what a second run in the same folder does."""
+
     resume_from_checkpoint: bool = Field(
-        True, description="Go on from the newest whole checkpoint; --no-... starts over and removes this run's own files."
+        True,
+        description="Go on from the newest whole checkpoint; with --no-... remove this run's own files and start over.",
     )
     checkpoint_every_steps: int | None = Field(
-        None, ge=1, description="Also store a checkpoint every so many steps, beside the one of each epoch."
+        None, ge=1, description="Steps between checkpoints within an epoch. Default: only at the end of each epoch."
     )
-    max_failures: int = Field(0, ge=-1, description="Restarts from the last checkpoint after a lost worker; -1: no limit.")
 
-    logger: str = Field("", description="Comma-separated: tensorboard, wandb, trackio. Empty: none.")
-    run_name: str | None = Field(None, description="Name of the run in the loggers. Default: the run folder's name.")
+
+class LoggingSettings(Settings):
+    """Where metrics go."""
+
+    logger: str = Field("", description="Any of tensorboard, wandb, trackio, comma-separated.")
+    log_dir: Path = Field(Path("./logs"), description="Folder the loggers write to.")
+    run_name: str | None = Field(
+        None, min_length=1, description="The run's name there. Default: the run folder's name."
+    )
     log_every_steps: int = Field(10, ge=1, description="Steps between two logged points.")
+
+    @field_validator("logger")
+    @classmethod
+    def _check_loggers(cls, logger: str) -> str:
+        names = _split_names(logger)
+        unknown = [name for name in names if name not in LOGGER_NAMES]
+        if unknown:
+            raise ValueError(f"no logger is called {', '.join(unknown)}; choose from {', '.join(LOGGER_NAMES)}")
+        if len(set(names)) < len(names):
+            raise ValueError("names a logger twice")
+        return logger
+
+    @property
+    def logger_names(self) -> tuple[str, ...]:
+        """The loggers asked for, in order, without blanks."""
+        return _split_names(self.logger)
+
+
+def _split_names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+class TrainSettings(
+    OptimizerSettings,
+    DataSettings,
+    VocabularySettings,
+    ModelSettings,
+    ClusterSettings,
+    CheckpointSettings,
+    LoggingSettings,
+):
+    """Train an EAGLE-3 draft on a Ray cluster from a verifier's hidden states on disk."""
+
+    verifier_name_or_path: str = Field(min_length=1, description="Verifier: a transformers folder or a hub id.")
+    data_path: Path = Field(Path("./data"), description="Folder of .pt samples, searched at any depth.")
+    save_path: Path = Field(Path("./checkpoints"), description="Run folder: a sub-folder for each checkpoint.")
 
     @model_validator(mode="after")
     def _check(self) -> "TrainSettings":
         problems = []
         if self.norm_before_fc and self.fc_norm:
-            problems.append("norm_before_fc and fc_norm exclude each other: choose one")
-        unknown = [name for name in self.logger_names if name not in LOGGER_NAMES]
-        if unknown:
-            problems.append(f"logger: unknown {', '.join(unknown)}; choose from {', '.join(LOGGER_NAMES)}")
-        if problems:
-            raise ValueError("; ".join(problems))
+            problems.append("--norm-before-fc and --fc-norm exclude each other: choose one")
+        if self.d2t_path == self.t2d_path:
+            problems.append(f"--d2t-path and --t2d-path are both {self.d2t_path}: they are two files")
+        _refuse(problems)
         return self
-
-    @property
-    def logger_names(self) -> tuple[str, ...]:
-        """The loggers asked for, in order, without blanks."""
-        return tuple(name.strip() for name in self.logger.split(",") if name.strip())
 
 
 class VocabMappingSettings(Settings):
     """Choose the draft's vocabulary from token counts and write d2t.npy and t2d.npy."""
 
-    token_freq_path: Path = Field(Path("./token_freq.pt"), description="dict {token id: count over supervised tokens}.")
-    data_path: Path | None = Field(None, description="Count from these .pt samples when there is no frequency file.")
+    token_freq_path: Path = Field(
+        Path("./token_freq.pt"), description="Counts: a dict {token id: times it is supervised}."
+    )
+    data_path: Path | None = Field(
+        None, description="Folder of .pt samples to count from when there is no frequency file. Default: none."
+    )
     data_format_version: Literal[0, 1] = Field(1, description="Format of the samples under --data-path.")
     draft_vocab_size: int = Field(32000, ge=1, description="Tokens the draft can say.")
-    target_vocab_size: int | None = Field(None, ge=1, description="Verifier vocabulary; or give --target-model-path.")
-    target_model_path: str | None = Field(None, description="Verifier whose config names the vocabulary size.")
+    target_vocab_size: int | None = Field(
+        None, ge=1, description="Tokens in the verifier's vocabulary. Default: read from --target-model-path."
+    )
+    target_model_path: str | None = Field(
+        None,
+        min_length=1,
+        description="Verifier whose config tells the vocabulary size. Default: --target-vocab-size tells it.",
+    )
     output_path: Path = Field(Path("."), description="Folder for d2t.npy and t2d.npy.")
-    config: Path | None = Field(None, description="YAML file with these settings by the same names; flags win.")
+
+    @model_validator(mode="after")
+    def _check(self) -> "VocabMappingSettings":
+        problems = []
+        if (self.target_vocab_size is None) == (self.target_model_path is None):
+            found = "neither" if self.target_vocab_size is None else "both"
+            problems.append(f"give one of --target-vocab-size and --target-model-path; found {found}")
+        if self.target_vocab_size is not None and self.draft_vocab_size > self.target_vocab_size:
+            problems.append(
+                f"--draft-vocab-size {self.draft_vocab_size} is more than --target-vocab-size {self.target_vocab_size}"
+            )
+        _refuse(problems)
+        return self
 
 
 class GenerateSettings(Settings):
     """Run a verifier over conversations and store its hidden states as v1 samples."""
 
-    verifier_name_or_path: str = Field(description="Verifier: a transformers folder or a hub id, with a tokenizer.")
-    conversations_path: Path = Field(description='JSONL, a line a sample: {"conversations"|"messages": [...]} or {"text": ...}.')
-    output_path: Path = Field(Path("./data"), description="Folder for data_<n>.pt, token_freq.pt and data_config.json.")
-    aux_layer_ids: tuple[int, ...] | None = Field(
-        None, description="Auxiliary layers in serving numbering. Default: 2, n//2, n-3."
+    verifier_name_or_path: str = Field(
+        min_length=1, description="Verifier: a transformers folder or a hub id, with a tokenizer."
+    )
+    conversations_path: Path = Field(
+        description='JSONL, a sample a line: {"conversations": [...]}, {"messages": [...]} or {"text": ...}.'
+    )
+    output_path: Path = Field(Path("./data"), description="Folder for the samples, token_freq.pt and data_config.json.")
+    aux_layer_ids: LayerIds | None = Field(
+        None,
+        description="Auxiliary layers in serving numbering (id k is the state that enters layer k), rising. "
+        "Default: 2, n//2, n-3 of n layers.",
     )
     max_seq_len: int = Field(8192, ge=2, description="Tokens a sample is cut at.")
     skip_first_tokens: int = Field(1, ge=0, description="Plain text: leading tokens that are not supervised.")
-    batch_tokens: int = Field(16384, ge=1, description="Tokens of a padded batch through the verifier.")
-    num_workers: int | None = Field(None, ge=1, description="Verifier copies. Default: every GPU, or 1 on CPUs.")
+    batch_tokens: int = Field(16384, ge=1, description="Tokens, padding counted, of a batch through the verifier.")
+    num_workers: int | None = Field(None, ge=1, description="Copies of the verifier. Default: one a GPU, or 1 on CPUs.")
     use_gpu: bool | None = Field(None, description="Run the verifier on GPUs. Default: if the cluster has any.")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="Verifier dtype; stored states are bf16.")
-    trust_remote_code: bool = Field(False, description="Run Python code that comes with the verifier's folder.")
-    config: Path | None = Field(None, description="YAML file with these settings by the same names; flags win.")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="Verifier's dtype; states are stored in bf16. auto: bf16 on GPUs, fp32 on CPUs."
+    )
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the verifier.")
+
+    _rising = field_validator("aux_layer_ids")(_check_layer_ids)
+
+    @model_validator(mode="after")
+    def _check(self) -> "GenerateSettings":
+        if self.skip_first_tokens >= self.max_seq_len:
+            raise ValueError(
+                f"--skip-first-tokens {self.skip_first_tokens} leaves nothing of --max-seq-len {self.max_seq_len}"
+            )
+        return self
 
 
 class ExportSettings(Settings):
@@ -149,24 +258,29 @@ class ExportSettings(Settings):
 
     checkpoint_path: Path = Field(description="A checkpoint folder, such as ./checkpoints/3 or ./checkpoints/best.")
     output_path: Path = Field(description="Folder to write; must be absent or empty.")
-    format: Literal["speculators", "sglang"] = Field("speculators", description="speculators: vLLM. sglang: SGLang's names.")
-    config: Path | None = Field(None, description="YAML file with these settings by the same names; flags win.")
+    format: Literal["speculators", "sglang"] = Field(
+        "speculators", description="Names and config to write. speculators: what vLLM loads; sglang: what SGLang loads."
+    )
 
 
 class DemoSettings(Settings):
     """Make a small verifier from text on this machine, then generate, map, train, and show the gain."""
 
-    output_path: Path = Field(Path("./demo"), description="Folder of the demo's verifier, samples, and run.")
-    short: bool = Field(False, description="A smaller verifier and fewer steps: shows that all parts work, in about 2 minutes.")
+    output_path: Path = Field(Path("./demo"), description="Folder of the demo's verifier, samples and run.")
+    short: bool = Field(False, description="A smaller verifier and fewer steps: shows that all parts work together.")
     num_workers: int = Field(2, ge=1, description="Ranks that train the draft.")
-    seed: int = Field(0, ge=0, description="Seed of text order, weights and split.")
-    config: Path | None = Field(None, description="YAML file with these settings by the same names; flags win.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of the text's order, the weights and the split.")
 
 
 VERBS: dict[str, type[Settings]] = {
+    "generate": GenerateSettings,
     "vocab-mapping": VocabMappingSettings,
     "train": TrainSettings,
-    "generate": GenerateSettings,
     "export": ExportSettings,
     "demo": DemoSettings,
 }
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        raise ValueError("\n".join(problems))

@@ -52,3 +52,7 @@ class ClusterError(Eagle3RayError):
     """The cluster lacks what the job asks for, or a part of it was lost."""
 
     exit_code = 5
+
+
+class NonFiniteError(DataError):
+    """A loss or gradient became NaN or Inf; the update was not made."""

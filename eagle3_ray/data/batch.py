@@ -19,7 +19,7 @@ from eagle3_ray.data.samples import Sample, SampleSpec
 from eagle3_ray.errors import DataError
 
 
-@dataclass(frozen=True)
+@dataclass
 class PackedBin:
     """One row of T positions, the tail of it padding.
 

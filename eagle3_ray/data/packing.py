@@ -13,10 +13,8 @@ room is left. Epochs permute whole bins. `BinSchedule` says which rank sees whic
 
 import hashlib
 from bisect import bisect_left, insort
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -120,7 +118,8 @@ def _digest(bins: list[NDArray[np.int64]], total_seq_len: int, num_samples: int)
     return digest.hexdigest()
 
 
-class RowPlace(NamedTuple):
+@dataclass(frozen=True)
+class RowPlace:
     """Where one row of the stream belongs.
 
     Attributes:
@@ -128,7 +127,7 @@ class RowPlace(NamedTuple):
         epoch: pass over the bins.
         rank: the worker that gets it.
         micro_step: which of the rank's bins of this step.
-        index: position in the epoch's order of bins; -1 for a filler.
+        index: place in the epoch's order of bins; -1 for a filler.
     """
 
     step: int
@@ -191,22 +190,3 @@ class BinSchedule:
     def row(self, step: int, rank: int, micro_step: int) -> int:
         """Return the row that a rank gets as its `micro_step`-th of a step; the inverse of `place`."""
         return step * self.rows_per_step + micro_step * self.num_workers + rank
-
-    def iter_rows(
-        self, plan: PackingPlan, seed: int, start_step: int, num_steps: int
-    ) -> Iterator[tuple[int, int, int]]:
-        """Yield (row, epoch, bin number) of the steps [start_step, start_step + num_steps), in stream order.
-
-        Args:
-            plan: has `num_bins` bins.
-            seed: of the epochs' orders.
-            start_step: counted over all epochs.
-            num_steps: how many; may reach over epochs.
-        """
-        assert len(plan.bins) == self.num_bins
-        order, order_epoch = np.empty(0, dtype=np.int64), -1
-        for row in range(start_step * self.rows_per_step, (start_step + num_steps) * self.rows_per_step):
-            place = self.place(row)
-            if place.epoch != order_epoch:
-                order, order_epoch = plan.epoch_order(place.epoch, seed), place.epoch
-            yield row, place.epoch, FILLER if place.index == FILLER else int(order[place.index])

@@ -159,14 +159,14 @@ def is_normed(last_state: Tensor, weight: Tensor) -> bool:
         last_state: [S, H], any float dtype, S >= 1; at most 16 evenly spaced positions are read.
         weight: [H] float32 without zeros, the final norm's factor.
     """
-    ratio = (_probe(last_state).float() / weight).square().mean(dim=1).sqrt()
+    ratio = (last_state[_probed_rows(len(last_state))].float() / weight).square().mean(dim=1).sqrt()
     return bool(((ratio - 1).abs() <= NORMED_TOLERANCE).all())
 
 
-def _probe(state: Tensor) -> Tensor:
-    """Return at most 16 evenly spaced rows of a state [S, w], the first and the last among them."""
-    num_probes = min(len(state), MAX_PROBES)
-    return state[[round(i * (len(state) - 1) / max(num_probes - 1, 1)) for i in range(num_probes)]]
+def _probed_rows(num_tokens: int) -> list[int]:
+    """Return at most 16 evenly spaced positions, the first and the last among them."""
+    num_probes = min(num_tokens, MAX_PROBES)
+    return [round(i * (num_tokens - 1) / max(num_probes - 1, 1)) for i in range(num_probes)]
 
 
 def _tokens(content: dict[str, object]) -> tuple[Tensor, Tensor]:
@@ -232,7 +232,7 @@ def _problems_of_states(
 ) -> list[Problem]:
     """Check dtype and shape of each state against its expected width and the number of ids."""
     problems = []
-    wrong_widths = []
+    wrong_widths: dict[tuple[int, int], list[str]] = {}
     for (name, state), width in zip(states.items(), widths, strict=True):
         if not (isinstance(state, Tensor) and state.is_floating_point() and state.dim() == 2):
             detail = f"{name} is {_shape(state)}, expected floats [S, {width}]."
@@ -241,9 +241,10 @@ def _problems_of_states(
         if isinstance(input_ids, Tensor) and input_ids.dim() == 1 and len(state) != len(input_ids):
             problems.append(_problem_of_length(name, len(state), len(input_ids)))
         if state.shape[1] != width:
-            wrong_widths.append(f"{name} is {state.shape[1]} wide, expected {width}")
+            wrong_widths.setdefault((state.shape[1], width), []).append(name)
     if wrong_widths:
-        detail = f"{'; '.join(wrong_widths)} (the verifier's hidden size is {hidden_size})."
+        found = [f"{', '.join(names)}: width {got}, expected {want}" for (got, want), names in wrong_widths.items()]
+        detail = f"{'; '.join(found)} (the verifier's hidden size is {hidden_size})."
         advice = "Use the verifier the file was made with, or regenerate it."
         problems.append(Problem("another hidden size", detail, advice))
     return problems
@@ -252,20 +253,27 @@ def _problems_of_states(
 def _problems_of_values(states: dict[str, object], last_state: Tensor, spec: SampleSpec) -> list[Problem]:
     """Look at a few rows of the last state: are they finite, and normed if and only if the format says so?"""
     name = list(states)[-1]
-    probes = _probe(last_state)
-    if not bool(torch.isfinite(probes).all()):
-        return [Problem("NaN or Inf", f"{name} has NaN or Inf; all states must be finite.")]
+    rows = _probed_rows(len(last_state))
+    finite = torch.isfinite(last_state[rows]).all(dim=1).tolist()
+    if not all(finite):
+        token = rows[finite.index(False)]
+        return [Problem("NaN or Inf", f"{name} has NaN or Inf at token {token}; all states must be finite.")]
     weight = spec.final_norm_weight
     if weight is None or bool((weight == 0).any()):  # a channel times 0 is lost: rms(y / w) is unknown
         return []
     normed = is_normed(last_state, weight)
-    found = "rms(state / norm weight) is 1 at every token looked at"
-    if spec.data_format_version == 1 and normed and len(probes) >= MIN_PROBES_TO_CALL_NORMED:
-        detail = f"{name} has been through the verifier's final norm ({found}); a v1 sample holds it before that norm."
-        advice = "Regenerate the file with un-normed last states (generators that call this v0 data store {hidden_state, target})."
-        return [Problem("a normed last state", detail, advice)]
+    if spec.data_format_version == 1 and normed and len(rows) >= MIN_PROBES_TO_CALL_NORMED:
+        detail = (
+            f"{name} has already been through the verifier's final norm (rms(state / norm weight) is 1 at all "
+            f"{len(rows)} tokens looked at); a v1 sample holds it before that norm."
+        )
+        advice = "Regenerate the file with the last layer's own output as its last state."
+        return [Problem("a last state that is normed", detail, advice)]
     if spec.data_format_version == 0 and not normed:
-        detail = f"{name} has not been through this verifier's final norm (not {found}); a v0 sample holds it after that norm."
+        detail = (
+            f"{name} has not been through this verifier's final norm (rms(state / norm weight) is not 1 at all "
+            f"{len(rows)} tokens looked at); a v0 sample holds it after that norm."
+        )
         advice = "Use the verifier the file was made with, or regenerate it as v1."
         return [Problem("a last state that is not normed", detail, advice)]
     return []

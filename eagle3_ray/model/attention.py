@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 
 # (queries [R, Q, D], keys [T, G, D], values [T, G, D]) -> (output [R, Q, D], log-sum-exp [R, Q])
 DocumentAttention = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -197,10 +197,15 @@ def attend_flex(
     queries: Tensor, keys: Tensor, values: Tensor, block_mask: BlockMask, kernel: Callable[..., Any] = flex_attention
 ) -> tuple[Tensor, Tensor]:
     """Attend with FlexAttention, which differentiates both its output and its log-sum-exp on GPUs."""
-    output, log_sum_exp = kernel(
-        _as_batch(queries), _as_batch(keys), _as_batch(values), block_mask=block_mask, enable_gqa=True, return_lse=True
+    output, extra = kernel(
+        _as_batch(queries),
+        _as_batch(keys),
+        _as_batch(values),
+        block_mask=block_mask,
+        enable_gqa=True,
+        return_aux=AuxRequest(lse=True),
     )
-    return output[0].transpose(0, 1), log_sum_exp[0].transpose(0, 1)
+    return output[0].transpose(0, 1), extra.lse[0].transpose(0, 1)
 
 
 def _as_batch(x_RQD: Tensor) -> Tensor:

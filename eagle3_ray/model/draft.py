@@ -60,11 +60,14 @@ class RotaryTable(nn.Module):
     def __init__(self, layer: LlamaConfig) -> None:
         super().__init__()
         rope = layer.rope_parameters
-        if rope["rope_type"] == "default":
-            exponent = torch.arange(0, layer.head_dim, 2, dtype=torch.float32) / layer.head_dim
-            self.inverse_frequency, self.scale = 1.0 / rope["rope_theta"] ** exponent, 1.0
-        else:
-            self.inverse_frequency, self.scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](layer, torch.device("cpu"))
+        # The draft is built on the meta device, where these few numbers must not stay.
+        with torch.device("cpu"):
+            if rope["rope_type"] == "default":
+                exponent = torch.arange(0, layer.head_dim, 2, dtype=torch.float32) / layer.head_dim
+                self.inverse_frequency, self.scale = 1.0 / rope["rope_theta"] ** exponent, 1.0
+            else:
+                init = ROPE_INIT_FUNCTIONS[rope["rope_type"]]
+                self.inverse_frequency, self.scale = init(layer, torch.device("cpu"))
 
     def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return cos and sin, each [*, 1, D], of `position_ids` [*]."""

@@ -163,6 +163,13 @@ def load_verifier_tensors(info: VerifierInfo) -> VerifierTensors:
     return loaded
 
 
+def load_final_norm(info: VerifierInfo) -> Tensor:
+    """Read the final norm alone, [H]; fails as `load_verifier_tensors` does if any of the three is absent."""
+    file_of_tensor = _read_tensor_names(info.name_or_path)
+    _, norm_name, _ = _find_tensor_names(info, file_of_tensor)
+    return _read_tensor(info, file_of_tensor[norm_name], norm_name)
+
+
 def _find_tensor_names(info: VerifierInfo, names: Mapping[str, str]) -> tuple[str, str, str]:
     """Return the names of embedding, final norm and head; multimodal folders put a prefix before each."""
     embeds = [n for n in names if n.endswith("embed_tokens.weight") and "visual" not in n and "vision" not in n]

@@ -1,0 +1,236 @@
+"""All files of a folder, each read once by Ray tasks: lengths, supervised tokens, token counts.
+
+A task opens some hundred files, reads ids and mask, and looks at 16 rows of the last hidden state; the rest of a
+file is read only when it is trained on. Any file that is no usable sample ends the run before it begins.
+"""
+
+import hashlib
+import itertools
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import ray
+import torch
+from numpy.typing import NDArray
+
+from eagle3_ray.data.folder import HOW_TO_GET_SAMPLES, BadFiles, list_sample_files
+from eagle3_ray.data.index_cache import FileFacts, read_index_cache, write_index_cache
+from eagle3_ray.data.sample_file import TOKEN_FREQUENCIES
+from eagle3_ray.data.samples import Sample, SampleSpec, inspect_sample, inspect_tokens
+from eagle3_ray.errors import ClusterError, DataError
+
+logger = logging.getLogger(__name__)
+
+MAX_FILES_PER_TASK = 256
+CPUS_PER_TASK = 0.5  # half of such a task is waiting for the disk
+REPORT_EVERY_S = 10.0
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class SampleIndex:
+    """The samples of a folder, sorted by relative path, which is the same on every machine.
+
+    Attributes:
+        root: the folder, absolute.
+        paths: of each sample, relative to root, with forward slashes, ascending.
+        num_tokens: [n] int64, S of each sample.
+        num_supervised: [n] int64, supervised tokens of each, the first token not counted: it trains no position.
+        num_not_samples: token-frequency files that lay among them.
+    """
+
+    root: str
+    paths: list[str]
+    num_tokens: NDArray[np.int64]
+    num_supervised: NDArray[np.int64]
+    num_not_samples: int
+
+    def select(self, mask: NDArray[np.bool_]) -> "SampleIndex":
+        """Return the samples where `mask` [n] is True, in the same order."""
+        numbers = np.flatnonzero(mask)
+        paths = [self.paths[number] for number in numbers.tolist()]
+        return SampleIndex(
+            self.root, paths, self.num_tokens[numbers], self.num_supervised[numbers], self.num_not_samples
+        )
+
+    def digest(self) -> str:
+        """Return a hex SHA-256 of paths and counts; the place of the folder does not enter."""
+        digest = hashlib.sha256("\0".join(self.paths).encode("utf-8", "surrogateescape"))
+        digest.update(self.num_tokens.astype("<i8").tobytes())
+        digest.update(self.num_supervised.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+
+def build_index(data_path: str, spec: SampleSpec) -> SampleIndex:
+    """Look at every `.pt` file under a folder once; files that have not changed since are not opened again.
+
+    Args:
+        data_path: searched at any depth; names that begin with a dot are left out.
+        spec: what each sample must look like.
+
+    Returns:
+        The samples. Token-frequency files are counted and left out.
+
+    Raises:
+        DataError: No folder, no sample, or files that are no usable samples; names up to 20 with their reasons.
+        ClusterError: A task was lost for good.
+    """
+    root = os.path.abspath(data_path)
+    stamps = list_sample_files(root)
+    cached = read_index_cache(root, spec)
+    known = {path: cached[path][1] for path, stamp in stamps.items() if path in cached and cached[path][0] == stamp}
+    changed = [path for path in stamps if path not in known]
+    bad_files = BadFiles()
+    spec_ref = ray.put(spec)
+    for paths, (facts, bad) in _map_files(_inspect_files, root, changed, spec_ref):
+        known.update({path: fact for path, fact in zip(paths, facts, strict=True) if fact is not None})
+        bad_files.add(bad)
+    if changed:
+        write_index_cache(root, spec, {path: (stamps[path], known[path]) for path in stamps if path in known})
+    bad_files.raise_if_any(root, len(stamps), spec.data_format_version)
+    paths = [path for path in stamps if known[path].is_sample]
+    _check_any_sample(root, len(paths), spec.data_format_version)
+    return SampleIndex(
+        root=root,
+        paths=paths,
+        num_tokens=np.array([known[path].num_tokens for path in paths], dtype=np.int64),
+        num_supervised=np.array([known[path].num_supervised for path in paths], dtype=np.int64),
+        num_not_samples=len(stamps) - len(paths),
+    )
+
+
+def count_supervised_tokens(data_path: str, data_format_version: int, vocab_size: int) -> NDArray[np.int64]:
+    """Count each id over the supervised tokens of all samples, in Ray tasks whose counts are summed.
+
+    Args:
+        data_path: folder of samples, as in `build_index`.
+        data_format_version: 0 or 1.
+        vocab_size: W.
+
+    Returns:
+        [W] int64; the same whatever the number of tasks and workers.
+
+    Raises:
+        DataError: As in `build_index`; only ids and masks are looked at.
+        ClusterError: A task was lost for good.
+    """
+    root = os.path.abspath(data_path)
+    files = list(list_sample_files(root))
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    num_samples = 0
+    bad_files = BadFiles()
+    for _, (task_counts, task_samples, bad) in _map_files(_count_files, root, files, data_format_version, vocab_size):
+        counts += task_counts
+        num_samples += task_samples
+        bad_files.add(bad)
+    bad_files.raise_if_any(root, len(files), data_format_version)
+    _check_any_sample(root, num_samples, data_format_version)
+    return counts
+
+
+def split_index(index: SampleIndex, train_frac: float, seed: int) -> tuple[SampleIndex, SampleIndex]:
+    """Split by a seeded shuffle of the sorted paths, so that every machine and every resumed run splits alike.
+
+    Args:
+        index: n samples.
+        train_frac: share of the samples to train on, in (0, 1].
+        seed: of the shuffle.
+
+    Returns:
+        (train, validation). Training has one sample or more; so has validation, if n >= 2 and train_frac < 1.
+    """
+    num_samples = len(index.paths)
+    num_train = max(1, round(num_samples * train_frac))
+    if train_frac < 1 and num_samples >= 2:
+        num_train = min(num_train, num_samples - 1)
+    in_train = np.zeros(num_samples, dtype=np.bool_)
+    in_train[np.random.default_rng(seed).permutation(num_samples)[:num_train]] = True
+    return index.select(in_train), index.select(~in_train)
+
+
+def _check_any_sample(root: str, num_samples: int, version: int) -> None:
+    if num_samples == 0:
+        raise DataError(
+            f"{root}: its .pt files are token frequencies, expected v{version} samples among them. {HOW_TO_GET_SAMPLES}"
+        )
+
+
+def _inspect_files(root: str, paths: list[str], spec: SampleSpec) -> tuple[list[FileFacts | None], BadFiles]:
+    """One task of `build_index`: facts of each file, None for a bad one."""
+    torch.set_num_threads(1)
+    facts: list[FileFacts | None] = []
+    bad_files = BadFiles()
+    for path in paths:
+        sample = inspect_sample(os.path.join(root, path), spec)
+        if isinstance(sample, Sample):
+            facts.append(FileFacts(True, len(sample.input_ids), int(sample.loss_mask[1:].sum())))
+        elif sample[0].kind == TOKEN_FREQUENCIES:
+            facts.append(FileFacts(False, 0, 0))
+        else:
+            facts.append(None)
+            bad_files.add_file(path, sample)
+    return facts, bad_files
+
+
+def _count_files(
+    root: str, paths: list[str], data_format_version: int, vocab_size: int
+) -> tuple[NDArray[np.int64], int, BadFiles]:
+    """One task of `count_supervised_tokens`: counts [W], samples read, bad files."""
+    torch.set_num_threads(1)
+    supervised_ids = []
+    bad_files = BadFiles()
+    for path in paths:
+        tokens = inspect_tokens(os.path.join(root, path), data_format_version, vocab_size)
+        if isinstance(tokens, tuple):
+            input_ids, loss_mask = tokens
+            supervised_ids.append(input_ids[loss_mask].numpy())
+        elif tokens[0].kind != TOKEN_FREQUENCIES:
+            bad_files.add_file(path, tokens)
+    counts = np.bincount(np.concatenate([np.empty(0, dtype=np.int64), *supervised_ids]), minlength=vocab_size)
+    return counts.astype(np.int64), len(supervised_ids), bad_files
+
+
+def _map_files(
+    task: Callable[..., Result], root: str, paths: list[str], *arguments: object
+) -> Iterator[tuple[list[str], Result]]:
+    """Run `task(root, some paths, *arguments)` over all paths in Ray; yield (those paths, result) as they finish.
+
+    Raises:
+        ClusterError: A task was lost for good.
+    """
+    num_cpus = int(ray.cluster_resources().get("CPU", 1)) if paths else 1
+    num_files = min(MAX_FILES_PER_TASK, max(1, len(paths) // (4 * num_cpus)))
+    chunks = iter([paths[start : start + num_files] for start in range(0, len(paths), num_files)])
+    remote = ray.remote(num_cpus=CPUS_PER_TASK)(task)
+    running: dict[ray.ObjectRef[Result], list[str]] = {}
+    num_done, last_report_s = 0, time.monotonic()
+    while True:
+        # Few at a time: a result of the counting task is as long as the vocabulary.
+        for chunk in itertools.islice(chunks, 4 * num_cpus - len(running)):
+            running[remote.remote(root, chunk, *arguments)] = chunk
+        if not running:
+            return
+        done, _ = ray.wait(list(running), num_returns=1)
+        chunk = running.pop(done[0])
+        try:
+            result = ray.get(done[0])
+        except (
+            ray.exceptions.WorkerCrashedError,
+            ray.exceptions.OutOfMemoryError,
+            ray.exceptions.ObjectLostError,
+        ) as e:
+            raise ClusterError(
+                f"{root}: the Ray task that read {chunk[0]} and the {len(chunk) - 1} files after it was lost "
+                f"({type(e).__name__}). If a file is being written or the node is short of memory, wait and start again."
+            ) from e
+        yield chunk, result
+        num_done += len(chunk)
+        if time.monotonic() - last_report_s > REPORT_EVERY_S:
+            logger.info("%s: %d of %d files read", root, num_done, len(paths))
+            last_report_s = time.monotonic()

@@ -1,0 +1,130 @@
+"""The Ray that a job runs on: the one there is, or one of its own; and whether the workers fit into it."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import ray
+
+from eagle3_ray.errors import ClusterError
+
+CPUS_FOR_TASKS = 1  # beside the workers, for the tasks that feed them: without one, streaming waits for ever
+
+
+@dataclass(frozen=True)
+class WorkerRequest:
+    """What a group of workers takes.
+
+    Attributes:
+        num_workers: ranks.
+        use_gpu: one GPU a worker.
+        cpus_per_worker: CPUs each of them reserves.
+    """
+
+    num_workers: int
+    use_gpu: bool
+    cpus_per_worker: int
+
+
+@contextmanager
+def ray_session(num_cpus: int | None = None) -> Iterator[None]:
+    """Have a Ray for the length of a block.
+
+    A Ray that this process has already joined is used and left as it is; else the cluster that `RAY_ADDRESS` names
+    is joined; else a local one is started, and stopped at the end. A Ray of somebody else on the same machine is
+    never joined by chance.
+
+    Args:
+        num_cpus: logical CPUs of a local Ray. Default: the machine's, and one more for the tasks that feed the workers.
+
+    Raises:
+        ClusterError: The cluster cannot be reached, or no local Ray can be started.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    try:
+        if address == "local":
+            num_cpus = num_cpus or (os.cpu_count() or 1) + CPUS_FOR_TASKS
+            ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, logging_level=logging.WARNING)
+        else:
+            ray.init(address=address, logging_level=logging.WARNING)
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        what = "no local Ray could be started" if address == "local" else f"RAY_ADDRESS={address}: cannot be joined"
+        todo = (
+            "Look into /tmp/ray/session_latest/logs."
+            if address == "local"
+            else "Correct it, start the cluster, or unset it to run on this machine alone."
+        )
+        raise ClusterError(f"{what} ({str(error).strip() or type(error).__name__}). {todo}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def cluster_resources() -> dict[str, float]:
+    """Return what all nodes of the cluster have together, by Ray's names (`CPU`, `GPU`, ...)."""
+    return {name: float(number) for name, number in ray.cluster_resources().items()}
+
+
+def choose_workers(num_workers: int | None, use_gpu: bool | None, cpus_per_worker: int = 1) -> WorkerRequest:
+    """Fill in what was not asked for from what the cluster has, and check that it fits.
+
+    Args:
+        num_workers: ranks. Default: every GPU, or 1 on CPUs.
+        use_gpu: default: if the cluster has any.
+        cpus_per_worker: CPUs each worker reserves.
+
+    Raises:
+        ClusterError: As in `check_workers_fit`.
+    """
+    num_gpus = int(cluster_resources().get("GPU", 0))
+    if use_gpu is None:
+        use_gpu = num_gpus > 0
+    if num_workers is None:
+        num_workers = max(num_gpus, 1) if use_gpu else 1
+    check_workers_fit(num_workers, use_gpu, cpus_per_worker)
+    return WorkerRequest(num_workers, use_gpu, cpus_per_worker)
+
+
+def check_workers_fit(num_workers: int, use_gpu: bool, cpus_per_worker: int) -> None:
+    """Refuse workers that the cluster would never start, instead of waiting for them.
+
+    Each worker must find its CPUs and its GPU on one node, and one CPU must be left for the tasks that feed them.
+
+    Raises:
+        ClusterError: Says what was asked for, what is there, and what to do.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    num_cpus = sum(int(node.get("CPU", 0)) for node in nodes)
+    num_gpus = sum(int(node.get("GPU", 0)) for node in nodes)
+    most_on_nodes = sum(_num_workers_on(node, use_gpu, cpus_per_worker) for node in nodes)
+    most = min(most_on_nodes, (num_cpus - CPUS_FOR_TASKS) // cpus_per_worker)
+    if num_workers <= most:
+        return
+    asked_cpus = num_workers * cpus_per_worker + CPUS_FOR_TASKS
+    asked = f"{asked_cpus} CPUs ({cpus_per_worker} each and {CPUS_FOR_TASKS} for the tasks that feed them)"
+    if use_gpu:
+        asked += f" and {_counted(num_workers, 'GPU')} (1 each)"
+    advice = [f"--num-workers {most}" if most == 1 else f"--num-workers {most} or fewer"] if most > 0 else []
+    if use_gpu and num_gpus < num_workers:
+        advice.append("--no-use-gpu")
+    pass_flags = f"Pass {' or '.join(advice)}, or add" if advice else "Add"
+    raise ClusterError(
+        f"{_counted(num_workers, 'worker')} need {asked}; the cluster has {_counted(num_cpus, 'CPU')} and "
+        f"{_counted(num_gpus, 'GPU')} on {_counted(len(nodes), 'node')}. {pass_flags} nodes to the cluster."
+    )
+
+
+def _num_workers_on(node: dict[str, float], use_gpu: bool, cpus_per_worker: int) -> int:
+    """Return how many workers one node holds."""
+    by_cpu = int(node.get("CPU", 0)) // cpus_per_worker
+    return min(by_cpu, int(node.get("GPU", 0))) if use_gpu else by_cpu
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

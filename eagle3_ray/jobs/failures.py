@@ -1,0 +1,43 @@
+"""What a worker raised on purpose, dug out of what Ray wraps around it."""
+
+from collections.abc import Iterator
+from typing import NoReturn
+
+import ray.train
+from ray.exceptions import RayError, RayTaskError
+
+from eagle3_ray.errors import ClusterError, Eagle3RayError
+
+
+def raise_cause(error: BaseException) -> NoReturn:
+    """Raise the error of ours that lies at the bottom; a lost worker as `ClusterError`; else the error as it is.
+
+    Raises:
+        Eagle3RayError: As found, or ClusterError.
+    """
+    chain = list(_iter_causes(error))
+    for cause in chain:
+        if isinstance(cause, Eagle3RayError):
+            raise cause from error
+    lost = [cause for cause in chain if isinstance(cause, RayError) and not isinstance(cause, RayTaskError)]
+    if lost:
+        raise ClusterError(
+            f"a worker was lost: {lost[0]}\n"
+            "Type the same command to go on from the last checkpoint, or set --max-failures to have it restarted."
+        ) from error
+    raise error
+
+
+def _iter_causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and all it was made of: failures of ranks, of the controller, causes of Ray tasks."""
+    yield error
+    inner: list[BaseException | None] = [error.__cause__]
+    if isinstance(error, ray.train.WorkerGroupError):
+        inner += [failure for _, failure in sorted(error.worker_failures.items())]
+    if isinstance(error, ray.train.ControllerError):
+        inner.append(error.controller_failure)
+    if isinstance(error, RayTaskError):
+        inner.append(error.cause)
+    for cause in inner:
+        if cause is not None:
+            yield from _iter_causes(cause)

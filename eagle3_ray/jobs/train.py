@@ -1,0 +1,255 @@
+"""`train`: decide the run on the driver, then let a TorchTrainer carry it out.
+
+Everything that can be refused is refused here, before any worker starts: verifier, cluster, samples, vocabulary
+mapping, checkpoints of another run.
+"""
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.data
+import ray.train
+from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from eagle3_ray.config import TrainSettings
+from eagle3_ray.data.index import SampleIndex, build_index, split_index
+from eagle3_ray.data.packing import BinSchedule, PackingPlan, plan_bins
+from eagle3_ray.data.pipeline import BinSource, bin_execution_options, build_bin_dataset
+from eagle3_ray.data.samples import SampleSpec
+from eagle3_ray.data.vocab import VocabMapping
+from eagle3_ray.errors import CheckpointError, DataError
+from eagle3_ray.jobs.cluster import WorkerRequest, choose_workers, ray_session
+from eagle3_ray.jobs.failures import raise_cause
+from eagle3_ray.jobs.vocab_mapping import resolve_mapping
+from eagle3_ray.model.config import DraftConfig, build_draft_config
+from eagle3_ray.model.verifier import VerifierInfo, load_final_norm, read_verifier_config
+from eagle3_ray.settings_file import write_run_yaml
+from eagle3_ray.training.job import TrainJob
+from eagle3_ray.training.loop import run_rank
+from eagle3_ray.training.progress import ProgressBoard, ProgressSender
+from eagle3_ray.training.run_folder import (
+    BEST,
+    RUN_YAML,
+    CommittedCheckpoint,
+    check_same_run,
+    find_uncommitted,
+    latest_committed,
+    remove_run,
+    set_aside_broken_snapshot,
+)
+
+
+def run(settings: TrainSettings) -> None:
+    """Train a draft, or go on training it.
+
+    Raises:
+        Eagle3RayError: Verifier, samples, mapping, checkpoints or cluster do not allow the run; nothing on disk is lost.
+    """
+    # Workers change directory: every path is made absolute once, here.
+    settings = with_absolute_paths(settings)
+    verifier = read_verifier_config(settings.verifier_name_or_path)
+    with ray_session(), ProgressBoard() as board:
+        workers = choose_workers(settings.num_workers, settings.use_gpu)
+        checkpoint = open_run_folder(settings)
+        job = decide_job(settings, verifier, workers, checkpoint, board.sender)
+        if checkpoint is not None:
+            check_same_run(checkpoint, job.identity)
+            print(f"going on from {checkpoint.path} (step {checkpoint.step} of {job.total_steps})", flush=True)
+        if checkpoint is None or checkpoint.step < job.total_steps:
+            write_run_yaml(settings, settings.save_path / RUN_YAML)
+            fit(job, workers)
+    best = settings.save_path / BEST
+    print(f"done: {job.total_steps} steps; best draft {best} -> {best.resolve().name}")
+
+
+def with_absolute_paths(settings: TrainSettings) -> TrainSettings:
+    """Return the settings with every path made absolute; a verifier that is a local folder too."""
+    update: dict[str, Any] = {
+        name: value.resolve() for name, value in settings.__dict__.items() if isinstance(value, Path)
+    }
+    if Path(settings.verifier_name_or_path).is_dir():
+        update["verifier_name_or_path"] = str(Path(settings.verifier_name_or_path).resolve())
+    return settings.model_copy(update=update)
+
+
+def open_run_folder(settings: TrainSettings) -> CommittedCheckpoint | None:
+    """Make the run folder usable and return the checkpoint to go on from, if any.
+
+    Raises:
+        CheckpointError: The folder cannot be written, or a checkpoint in it is damaged.
+    """
+    save_dir = settings.save_path
+    if not settings.resume_from_checkpoint:
+        remove_run(save_dir)
+    try:
+        save_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{save_dir}: cannot be created ({error.strerror}). Choose another --save-path.") from error
+    broken = set_aside_broken_snapshot(save_dir)
+    if broken is not None:
+        print(f"Ray's list of checkpoints was damaged and is now {broken}; the checkpoints themselves are used")
+    for folder in find_uncommitted(save_dir):
+        print(f"{folder}: half-written, ignored")
+    return latest_committed(save_dir)
+
+
+def decide_job(
+    settings: TrainSettings,
+    verifier: VerifierInfo,
+    workers: WorkerRequest,
+    checkpoint: CommittedCheckpoint | None,
+    progress: ProgressSender,
+) -> TrainJob:
+    """Read the samples' index, the mapping and the plan, and fix everything a rank needs to know."""
+    aux_layer_ids = resolve_aux_layer_ids(settings, verifier)
+    spec = SampleSpec(
+        data_format_version=settings.data_format_version,
+        hidden_size=verifier.hidden_size,
+        num_aux_layers=len(aux_layer_ids),
+        vocab_size=verifier.vocab_size,
+        final_norm_weight=load_final_norm(verifier).float(),
+        rms_norm_eps=verifier.rms_norm_eps,
+    )
+    index = build_index(str(settings.data_path), spec)
+    mapping = resolve_mapping(settings, verifier.vocab_size)
+    train_index, validation_index = split_index(index, settings.train_frac, settings.seed)
+    plan, validation_plan = plan_samples(train_index, settings), plan_samples(validation_index, settings)
+    if not plan.bins:
+        raise DataError(f"{settings.data_path}: no training sample has a supervised token. Check the loss masks.")
+    describe_data(index, plan, validation_plan)
+    draft_config = build_draft_config(verifier, settings, len(mapping.draft_to_verifier_offset), aux_layer_ids)
+    schedule = BinSchedule(
+        num_bins=len(plan.bins),
+        bins_per_step=settings.bins_per_step or saved_bins_per_step(checkpoint) or workers.num_workers,
+        num_workers=workers.num_workers,
+        epochs=settings.epochs,
+    )
+    has_validation = len(validation_plan.bins) > 0
+    return TrainJob(
+        settings=settings,
+        verifier=verifier,
+        draft_config=draft_config,
+        mapping=mapping,
+        train_source=ray.put(BinSource(spec, train_index, plan, settings.seed)),
+        validation_source=ray.put(BinSource(spec, validation_index, validation_plan, settings.seed))
+        if has_validation
+        else None,
+        schedule=schedule,
+        validation_schedule=BinSchedule(len(validation_plan.bins), workers.num_workers, workers.num_workers, 1)
+        if has_validation
+        else None,
+        total_steps=min(schedule.total_steps, settings.max_steps or schedule.total_steps),
+        identity=run_identity(settings, draft_config, mapping, plan, schedule),
+        progress=progress,
+    )
+
+
+def resolve_aux_layer_ids(settings: TrainSettings, verifier: VerifierInfo) -> tuple[int, ...]:
+    """Return the auxiliary layers in serving numbering: the flag, else data_config.json beside the samples, else default.
+
+    Raises:
+        DataError: The flag contradicts data_config.json.
+        VerifierError: The ids do not suit the verifier.
+    """
+    recorded = read_recorded_layer_ids(settings.data_path)
+    given = settings.aux_layer_ids
+    if given is not None and recorded is not None and given != recorded:
+        raise DataError(
+            f"{settings.data_path}: data_config.json says the samples hold layers {list(recorded)}, --aux-layer-ids says "
+            f"{list(given)}. Leave the flag out, or correct one of them."
+        )
+    ids = given or recorded or verifier.default_aux_layer_ids()
+    verifier.check_aux_layer_ids(ids)
+    return ids
+
+
+def plan_samples(index: SampleIndex, settings: TrainSettings) -> PackingPlan:
+    """Pack one part of the split."""
+    return plan_bins(index.num_tokens, index.num_supervised, settings.total_seq_len, settings.seed)
+
+
+def describe_data(index: SampleIndex, plan: PackingPlan, validation_plan: PackingPlan) -> None:
+    """Tell the user what was found and what was left out."""
+    num_dropped, num_cut = plan.num_dropped + validation_plan.num_dropped, plan.num_cut + validation_plan.num_cut
+    print(
+        f"{len(index.paths):,} samples, {int(index.num_tokens.sum()):,} tokens; {len(plan.bins):,} bins to train on "
+        f"({plan.fill_frac:.1%} filled), {len(validation_plan.bins):,} to validate on"
+    )
+    if num_dropped:
+        print(f"  {num_dropped:,} samples have no supervised token and are left out")
+    if num_cut:
+        print(f"  {num_cut:,} samples are longer than a bin and are cut at {plan.total_seq_len:,} tokens")
+
+
+def saved_bins_per_step(checkpoint: CommittedCheckpoint | None) -> int | None:
+    """Return the bins per step a resumed run began with: it keeps them, whatever its number of workers is now."""
+    return None if checkpoint is None else int(checkpoint.record["identity"]["bins_per_step"])
+
+
+def run_identity(
+    settings: TrainSettings, draft_config: DraftConfig, mapping: VocabMapping, plan: PackingPlan, schedule: BinSchedule
+) -> Mapping[str, Any]:
+    """Return what a checkpoint must share with a run to be resumed by it: the draft, its vocabulary, the trajectory."""
+    draft = draft_config.to_speculators()
+    draft.pop("speculators_config")
+    draft["transformer_layer_config"] = {str(k): v for k, v in draft["transformer_layer_config"].items()}
+    return {
+        "draft": draft,
+        "verifier": Path(draft_config.verifier_name_or_path).name,
+        "vocabulary": mapping.digest(),
+        "plan": plan.digest,
+        "bins_per_step": schedule.bins_per_step,
+        "seed": settings.seed,
+        "data_format_version": settings.data_format_version,
+        "ttt_steps": settings.ttt_steps,
+    }
+
+
+def fit(job: TrainJob, workers: WorkerRequest) -> None:
+    """Run the job on the cluster.
+
+    Raises:
+        Eagle3RayError: What a worker raised on purpose, or `ClusterError` for a worker that was lost.
+    """
+    datasets: dict[str, Any] = {"train": functools.partial(build_train_stream, job)}
+    if job.validation_source is not None:
+        datasets["validation"] = functools.partial(build_validation_stream, job)
+    trainer = TorchTrainer(
+        functools.partial(run_rank, job),
+        scaling_config=ScalingConfig(
+            num_workers=workers.num_workers,
+            use_gpu=workers.use_gpu,
+            resources_per_worker={"CPU": workers.cpus_per_worker, **({"GPU": 1} if workers.use_gpu else {})},
+        ),
+        run_config=RunConfig(
+            name=job.save_dir.name,
+            storage_path=str(job.save_dir.parent),
+            failure_config=FailureConfig(max_failures=job.settings.max_failures),
+        ),
+        datasets=datasets,
+        dataset_config=DataConfig(execution_options=bin_execution_options()),
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise_cause(error)
+
+
+def build_train_stream(job: TrainJob) -> ray.data.Dataset:
+    """Stream from the newest whole checkpoint on. Ray calls this anew at every start of the workers."""
+    checkpoint = latest_committed(job.save_dir)
+    start = 0 if checkpoint is None else checkpoint.step
+    # A restart after the last checkpoint was committed has nothing left to read, but Ray wants a dataset.
+    end = max(job.total_steps, start + 1)
+    return build_bin_dataset(job.train_source, job.schedule, start, end, job.settings.pack_in)
+
+
+def build_validation_stream(job: TrainJob) -> ray.data.Dataset:
+    """Stream every validation bin once a pass."""
+    assert job.validation_source is not None and job.validation_schedule is not None
+    steps = job.validation_schedule.steps_per_epoch
+    return build_bin_dataset(job.validation_source, job.validation_schedule, 0, steps, job.settings.pack_in)

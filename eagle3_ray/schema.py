@@ -1,0 +1,50 @@
+"""What the settings of every verb share: how a value is read, be it a flag's text or a line of a file."""
+
+import os
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+
+def alternatives_of(annotation: Any) -> tuple[Any, ...]:
+    """Return the types a field may hold, None left out: `int | None` gives `(int,)`."""
+    if get_origin(annotation) in (Union, UnionType):
+        return tuple(part for part in get_args(annotation) if part is not NoneType)
+    return (annotation,)
+
+
+class Settings(BaseModel):
+    """What every verb's settings share: frozen, no unknown key, one reading of text for flags and files."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    config: Path | None = Field(
+        None,
+        exclude=True,
+        description="YAML file of these settings by the same names. Flags win; `none` as a flag's value unsets. "
+        "Default: no file.",
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _read_as_written(cls, value: Any, info: ValidationInfo) -> Any:
+        """Turn down what pydantic would quietly read as something else, and read paths and choices given as text."""
+        assert info.field_name is not None
+        for kind in alternatives_of(cls.model_fields[info.field_name].annotation):
+            if isinstance(value, bool) and kind in (int, float):
+                raise ValueError("must be a number")
+            if isinstance(value, str) and kind is Path:
+                value = _read_path(value)
+            if isinstance(value, str) and get_origin(kind) is Literal:
+                value = {str(choice): choice for choice in get_args(kind)}.get(value, value)
+        return value
+
+
+def _read_path(text: str) -> Path:
+    if not text:
+        raise ValueError("must not be empty")
+    if "://" in text:
+        raise ValueError("is a URL; mount the store and give the path it is mounted at")
+    return Path(os.path.expanduser(text))

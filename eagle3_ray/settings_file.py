@@ -1,0 +1,57 @@
+"""Settings as YAML: the file behind `--config`, and `run.yaml`, which repeats a run.
+
+A file names settings as the schema does, with `_` or `-`: `total_seq_len: 8192`. What is left out keeps its
+default; `null` stands for a default of None.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from eagle3_ray.errors import UsageError
+from eagle3_ray.schema import Settings
+
+
+def read_settings_file(path: Path) -> dict[str, Any]:
+    """Read settings by field name; their values are checked later, together with the flags.
+
+    Raises:
+        UsageError: The file cannot be read, is not YAML, is no mapping of names, or names a setting twice.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        keys = _keys_as_written(yaml.compose(text, Loader=yaml.SafeLoader))
+        values = yaml.safe_load(text)
+    except OSError as error:
+        raise UsageError(f"--config {path}: cannot be read ({error.strerror}).") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"--config {path}: is not YAML: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise UsageError(f"--config {path}: expected lines of the form `name: value`, such as `epochs: 3`.")
+    names = [key.replace("-", "_") for key in keys]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise UsageError(f"--config {path}: sets {', '.join(repeated)} more than once. Keep one line of each.")
+    return {key.replace("-", "_"): value for key, value in values.items()}
+
+
+def _keys_as_written(document: yaml.Node | None) -> list[str]:
+    # yaml.safe_load keeps the last of two equal keys and says nothing.
+    return [str(key.value) for key, _ in document.value] if isinstance(document, yaml.MappingNode) else []
+
+
+def dump_settings(settings: Settings) -> str:
+    """Return settings as YAML that `read_settings_file` and the schema turn into the same settings."""
+    values = settings.model_dump(mode="json")
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def write_run_yaml(settings: Settings, path: Path) -> None:
+    """Write settings to `path`, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(dump_settings(settings), encoding="utf-8")
+    temporary.replace(path)

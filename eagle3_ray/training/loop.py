@@ -1,0 +1,163 @@
+"""The story of one rank: restore, stream, step, log, validate, save, report."""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import ray.train
+from ray.train import Checkpoint, CheckpointConsistencyMode
+
+from eagle3_ray.data.pipeline import StepBins, iter_step_bins
+from eagle3_ray.errors import NonFiniteError
+from eagle3_ray.metrics import TRAIN, VAL, summarize
+from eagle3_ray.training.checkpoint import write_checkpoint
+from eagle3_ray.training.job import TrainJob
+from eagle3_ray.training.meter import Meter
+from eagle3_ray.training.optim import learning_rate, set_learning_rate, warmup_steps
+from eagle3_ray.training.progress import Note, StepProgress, describe_epoch
+from eagle3_ray.training.rank import Rank, start_rank
+from eagle3_ray.training.run_folder import (
+    INITIAL_METRICS,
+    commit,
+    epoch_folder,
+    point_best,
+    step_folder,
+    write_atomically,
+)
+from eagle3_ray.training.step import eval_step, train_step
+from eagle3_ray.versions import installed_versions
+
+
+def run_rank(job: TrainJob) -> None:
+    """Train until the run is complete. Every rank of the TorchTrainer runs this, and again after a restart.
+
+    collective: the ranks take every branch alike; they differ only in the bins they hold.
+    """
+    rank = start_rank(job)
+    if rank.step == 0:
+        record_untrained(rank)
+    for item in iter_train_bins(rank):
+        update(rank, item)
+        is_last, is_epoch_end = rank.step == job.total_steps, rank.step % job.schedule.steps_per_epoch == 0
+        if is_last or is_epoch_end or is_due(rank.step, job.settings.log_every_steps):
+            log_progress(rank)
+        if is_last or is_epoch_end:
+            rank.metrics |= validate(rank)
+        if is_epoch_end:
+            save(rank, epoch_folder(rank.step // job.schedule.steps_per_epoch - 1))
+        elif is_last or is_due(rank.step, job.settings.checkpoint_every_steps):
+            save(rank, step_folder(rank.step))
+        rank.meter.restart_clock()
+    rank.loggers.close()
+
+
+def is_due(step: int, every: int | None) -> bool:
+    """Tell whether something done every so many steps is due after `step` updates."""
+    return every is not None and step % every == 0
+
+
+def iter_train_bins(rank: Rank) -> Iterator[StepBins]:
+    """Stream this rank's bins from the first step not yet done to the last."""
+    return iter_step_bins(
+        ray.train.get_dataset_shard("train"),
+        rank.train_source,
+        rank.job.schedule,
+        rank.number,
+        range(rank.step, rank.job.total_steps),
+        rank.job.settings.pack_in,
+        pin_memory=rank.settings.device.type == "cuda",
+    )
+
+
+def update(rank: Rank, item: StepBins) -> None:
+    """Make one optimizer update.
+
+    Raises:
+        NonFiniteError: A gradient is NaN or Inf; names the files. The weights are as before.
+    """
+    assert item.step == rank.step
+    job, settings = rank.job, rank.job.settings
+    num_warmup = warmup_steps(job.total_steps, settings.warmup_frac)
+    set_learning_rate(rank.optimizer, learning_rate(rank.step, job.total_steps, num_warmup, settings.lr))
+    epoch = rank.step // job.schedule.steps_per_epoch
+    try:
+        sums, rank.grad_norm = train_step(
+            rank.draft, rank.optimizer, rank.target_head, item.bins, epoch, rank.settings
+        )
+    except NonFiniteError as error:
+        files = [path for packed in item.bins for path in rank.train_source.paths_of_bin(packed.number)]
+        held = f"rank {rank.number} held {', '.join(files) or 'no samples'}"
+        raise NonFiniteError(f"step {rank.step}: {error} Nothing was updated; {held}.") from error
+    rank.step += 1
+    rank.meter.add(sums, sum(packed.num_tokens for packed in item.bins), item.wait_s)
+
+
+def log_progress(rank: Rank) -> None:
+    """Reduce what was summed since the last logged point, log it, and tell the driver. collective."""
+    job = rank.job
+    sums, speed = rank.meter.reduce()
+    rank.metrics = summarize(sums, job.settings.ttt_step_loss_decay, TRAIN)
+    rank.metrics |= {f"{TRAIN}/{name}": value for name, value in speed.items()}
+    rank.metrics[f"{TRAIN}/lr"] = rank.optimizer.param_groups[0]["lr"]
+    rank.metrics[f"{TRAIN}/grad_norm"] = rank.grad_norm
+    rank.metrics[f"{TRAIN}/epoch"] = rank.step / job.schedule.steps_per_epoch
+    rank.loggers.log(rank.metrics, rank.step)
+    if rank.is_first:
+        epoch, step_of_epoch = divmod(rank.step - 1, job.schedule.steps_per_epoch)
+        job.progress.send(
+            StepProgress(epoch, step_of_epoch + 1, job.schedule.steps_per_epoch, dict(rank.metrics))
+        )
+
+
+def validate(rank: Rank) -> dict[str, float]:
+    """Run every validation bin through the draft, log the means over all of them, and return them. collective."""
+    job = rank.job
+    if job.validation_schedule is None or rank.validation_source is None:
+        return {}
+    meter = Meter(job.settings.ttt_steps, rank.settings.device)
+    steps = range(job.validation_schedule.steps_per_epoch)
+    shard = ray.train.get_dataset_shard("validation")
+    for item in iter_step_bins(
+        shard, rank.validation_source, job.validation_schedule, rank.number, steps, job.settings.pack_in
+    ):
+        for packed in item.bins:
+            meter.add(eval_step(rank.draft, rank.target_head, packed, rank.settings), packed.num_tokens, item.wait_s)
+    sums, _ = meter.reduce()
+    metrics = summarize(sums, job.settings.ttt_step_loss_decay, VAL)
+    rank.loggers.log(metrics, rank.step)
+    return metrics
+
+
+def record_untrained(rank: Rank) -> None:
+    """Validate the draft as it was initialised, for comparison. collective."""
+    metrics = validate(rank)
+    if rank.is_first:
+        write_atomically(rank.job.save_dir / INITIAL_METRICS, json.dumps(metrics, indent=1) + "\n")
+    rank.meter.restart_clock()
+
+
+def save(rank: Rank, name: str) -> None:
+    """Store a checkpoint through Ray Train, and mark it as whole once it is. collective.
+
+    `report` returns before Ray's own commit; a worker killed in between would lose the checkpoint, so the marker
+    waits for it.
+    """
+    job, path = rank.job, rank.job.save_dir / name
+    record = {
+        "step": rank.step,
+        "metrics": rank.metrics,
+        "identity": dict(job.identity),
+        "settings": job.settings.model_dump(mode="json"),
+        "num_workers": job.schedule.num_workers,
+        "versions": installed_versions(),
+    }
+    with tempfile.TemporaryDirectory(prefix="eagle3-checkpoint-") as folder:
+        write_checkpoint(Path(folder), rank.draft, rank.optimizer, job.mapping, record)
+        ray.train.report(rank.metrics, Checkpoint.from_directory(folder), checkpoint_dir_name=name)
+        ray.train.get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)
+    if rank.is_first:
+        commit(path, rank.step)
+        point_best(job.save_dir)
+        epoch = (rank.step - 1) // job.schedule.steps_per_epoch
+        job.progress.send(Note(describe_epoch(epoch, job.settings.epochs, rank.step, rank.metrics, str(path))))

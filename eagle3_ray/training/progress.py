@@ -1,0 +1,107 @@
+"""How far a run is, told by rank 0 and shown by the driver: a bar an epoch on a terminal, a line an epoch elsewhere."""
+
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ray.util.queue import Queue
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class StepProgress:
+    """After a logged step; `step_of_epoch` counts from 1."""
+
+    epoch: int
+    step_of_epoch: int
+    steps_per_epoch: int
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Note:
+    """A line for the user."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class ProgressSender:
+    """The worker's end. Telling never waits, and a driver that is gone is not the run's concern."""
+
+    queue: Queue
+
+    def send(self, item: StepProgress | Note) -> None:
+        """Tell the driver."""
+        self.queue.actor.put_nowait.remote(item)
+
+
+class ProgressBoard:
+    """The driver's end: a context manager that shows what rank 0 tells until it is left."""
+
+    def __init__(self) -> None:
+        self._queue = Queue(actor_options={"num_cpus": 0})
+        self.sender = ProgressSender(self._queue)
+        self._bar: tqdm[Any] | None = None
+        self._epoch = -1
+        self._thread = threading.Thread(target=self._show_all, name="progress", daemon=True)
+
+    def __enter__(self) -> "ProgressBoard":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._queue.put(None)
+        self._thread.join()
+        self._close_bar()
+        self._queue.shutdown(force=True)
+
+    def _show_all(self) -> None:
+        while (item := self._queue.get()) is not None:
+            if isinstance(item, Note):
+                tqdm.write(item.text, file=sys.stdout)
+                sys.stdout.flush()
+            elif sys.stderr.isatty():
+                self._show_step(item)
+
+    def _show_step(self, item: StepProgress) -> None:
+        if item.epoch != self._epoch:
+            self._close_bar()
+            self._epoch = item.epoch
+            self._bar = tqdm(total=item.steps_per_epoch, desc=f"epoch {item.epoch}", unit="step", leave=False)
+        assert self._bar is not None
+        self._bar.set_postfix_str(describe_progress(item.metrics), refresh=False)
+        self._bar.update(item.step_of_epoch - self._bar.n)
+
+    def _close_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def describe_progress(metrics: Mapping[str, float]) -> str:
+    """Return loss, acceptance and speed of a logged step in a few words."""
+    parts = []
+    if "train/loss" in metrics:
+        parts.append(f"loss {metrics['train/loss']:.3f}")
+    if "train/expected_tokens" in metrics:
+        parts.append(f"{metrics['train/expected_tokens']:.2f} tokens/verification")
+    parts.append(f"{metrics['train/tokens_per_s']:,.0f} tokens/s")
+    return ", ".join(parts)
+
+
+def describe_epoch(epoch: int, num_epochs: int, step: int, metrics: Mapping[str, float], folder: str) -> str:
+    """Return the line of a stored checkpoint: where it is and what validation says."""
+    acceptance = " ".join(
+        f"{value:.3f}"
+        for _, value in sorted((name, value) for name, value in metrics.items() if name.startswith("val/cond_acc_"))
+    )
+    parts = [f"epoch {epoch + 1}/{num_epochs}  step {step}"]
+    if "train/loss" in metrics:
+        parts.append(f"train loss {metrics['train/loss']:.3f}")
+    if "val/loss" in metrics:
+        parts.append(f"val loss {metrics['val/loss']:.3f}  acceptance {acceptance}")
+    if "val/expected_tokens" in metrics:
+        parts.append(f"{metrics['val/expected_tokens']:.2f} tokens/verification")
+    return "  ".join([*parts, f"saved {folder}"])

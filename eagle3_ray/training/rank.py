@@ -1,0 +1,131 @@
+"""What one rank holds while it trains, and how it comes to hold it."""
+
+from dataclasses import dataclass
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+
+from eagle3_ray.data.pipeline import BinSource
+from eagle3_ray.loggers import MultiLogger, open_loggers
+from eagle3_ray.model.draft import Eagle3Draft
+from eagle3_ray.model.initial import initial_weights
+from eagle3_ray.model.loss import TargetHead
+from eagle3_ray.model.verifier import VerifierTensors, load_verifier_tensors
+from eagle3_ray.training.checkpoint import restore_checkpoint
+from eagle3_ray.training.job import TrainJob
+from eagle3_ray.training.meter import Meter
+from eagle3_ray.training.optim import build_optimizer
+from eagle3_ray.training.run_folder import check_same_run, latest_committed
+from eagle3_ray.training.sharding import build_sharded_draft
+from eagle3_ray.training.step import StepSettings
+
+
+@dataclass
+class Rank:
+    """One worker's state.
+
+    Attributes:
+        step: Optimizer updates done, over all epochs and restarts.
+        grad_norm: Of the last update, before clipping.
+        metrics: Of the last logged point and the last validation.
+    """
+
+    number: int
+    job: TrainJob
+    draft: Eagle3Draft
+    optimizer: torch.optim.Optimizer
+    target_head: TargetHead
+    settings: StepSettings
+    train_source: BinSource
+    validation_source: BinSource | None
+    meter: Meter
+    loggers: MultiLogger
+    step: int
+    grad_norm: float
+    metrics: dict[str, float]
+
+    @property
+    def is_first(self) -> bool:
+        """Rank 0 logs, tells the driver, and writes what is written once."""
+        return self.number == 0
+
+
+def start_rank(job: TrainJob) -> Rank:
+    """Build this rank's part of the draft and restore the newest whole checkpoint, if there is one.
+
+    collective: every rank calls it.
+
+    Raises:
+        CheckpointError: A checkpoint is there but is damaged or of another run; never a silent fresh start.
+    """
+    settings, number = job.settings, dist.get_rank()
+    device = ray.train.torch.get_device()
+    compute_dtype = resolve_compute_dtype(settings.precision, device)
+    tensors = load_verifier_tensors(job.verifier)
+    weights = initial_weights(job.draft_config, tensors, job.mapping.kept_ids, settings.seed) if number == 0 else None
+    draft = build_sharded_draft(job.draft_config, weights, device, compute_dtype)
+    optimizer = build_optimizer(draft.parameters(), settings.weight_decay, device)
+    checkpoint = latest_committed(job.save_dir)
+    if checkpoint is not None:
+        check_same_run(checkpoint, job.identity)
+        restore_checkpoint(checkpoint.path, draft, optimizer)
+    step = 0 if checkpoint is None else checkpoint.step
+    return Rank(
+        number=number,
+        job=job,
+        draft=draft,
+        optimizer=optimizer,
+        target_head=build_target_head(job, tensors, device, compute_dtype),
+        settings=StepSettings(
+            num_ttt_steps=settings.ttt_steps,
+            loss_decay=settings.ttt_step_loss_decay,
+            noise_std=settings.noise_std,
+            seed=settings.seed,
+            max_grad_norm=settings.max_grad_norm,
+            device=device,
+            compute_dtype=compute_dtype,
+        ),
+        train_source=ray.get(job.train_source),
+        validation_source=None if job.validation_source is None else ray.get(job.validation_source),
+        meter=Meter(settings.ttt_steps, device),
+        loggers=open_rank_loggers(job, number, step),
+        step=step,
+        grad_norm=0.0,
+        metrics={},
+    )
+
+
+def resolve_compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Return the dtype of forward and backward: bf16 on GPUs and fp32 on CPUs unless the flag says otherwise."""
+    if precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def build_target_head(
+    job: TrainJob, tensors: VerifierTensors, device: torch.device, compute_dtype: torch.dtype
+) -> TargetHead:
+    """Copy the kept rows of the verifier's head, and its final norm unless the samples are normed already (v0)."""
+    is_normed = job.settings.data_format_version == 0
+    return TargetHead(
+        weight=tensors.lm_head[job.mapping.kept_ids].to(device, compute_dtype),
+        norm_weight=None if is_normed else tensors.final_norm.to(device, compute_dtype),
+        eps=job.verifier.rms_norm_eps,
+    )
+
+
+def open_rank_loggers(job: TrainJob, number: int, step: int) -> MultiLogger:
+    """Open the loggers asked for on rank 0, and none elsewhere."""
+    settings = job.settings
+    return open_loggers(
+        names=settings.logger_names if number == 0 else (),
+        log_dir=settings.log_dir,
+        run_name=settings.run_name or settings.save_path.name,
+        project="eagle3_ray",
+        settings=settings.model_dump(mode="json"),
+        resume_step=step,
+        run_ids_dir=settings.save_path,
+    )

@@ -1,0 +1,188 @@
+"""A run on disk: which folders are whole checkpoints, which is newest, which is best, what may be removed.
+
+    <save-path>/
+      0/ 1/ ... step-000500/   config.json model.safetensors state/ run.json, and COMMITTED written last
+      best -> 1                the whole checkpoint with the most expected tokens per verification
+      run.yaml                 the resolved settings
+      initial_metrics.json     validation of the untrained draft
+
+A folder counts as a checkpoint only once COMMITTED is in it. Half-written ones are never resumed from; their
+number may well be the highest.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eagle3_ray.errors import CheckpointError
+
+COMMITTED, RECORD, STATE, BEST, RUN_YAML = "COMMITTED", "run.json", "state", "best", "run.yaml"
+INITIAL_METRICS = "initial_metrics.json"
+BEST_METRIC = "val/expected_tokens"
+RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
+# Ray Train's own files in its run folder.
+RAY_FILES = (RAY_SNAPSHOT, ".validate_storage_marker")
+PARTS = {"config.json", "model.safetensors", STATE, RECORD, COMMITTED}
+_NAME = re.compile(r"\d+|step-\d+")
+
+
+@dataclass(frozen=True)
+class CommittedCheckpoint:
+    """A whole checkpoint.
+
+    Attributes:
+        path: Its folder.
+        step: Optimizer updates done when it was saved.
+        record: Contents of its run.json.
+    """
+
+    path: Path
+    step: int
+    record: Mapping[str, Any]
+
+
+def epoch_folder(epoch: int) -> str:
+    """Name of the checkpoint after epoch `epoch` (0-based), as in `./checkpoints/0/`."""
+    return str(epoch)
+
+
+def step_folder(step: int) -> str:
+    """Name of a checkpoint within an epoch, after `step` updates."""
+    return f"step-{step:06d}"
+
+
+def find_committed(save_dir: Path) -> list[CommittedCheckpoint]:
+    """Return the whole checkpoints of a run, oldest first; half-written ones are passed over.
+
+    Raises:
+        CheckpointError: A committed checkpoint has lost a part since.
+    """
+    if not save_dir.is_dir():
+        return []
+    found = [_open(path) for path in save_dir.iterdir() if _NAME.fullmatch(path.name) and (path / COMMITTED).is_file()]
+    return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def latest_committed(save_dir: Path) -> CommittedCheckpoint | None:
+    """Return the whole checkpoint with the most updates, or None."""
+    committed = find_committed(save_dir)
+    return committed[-1] if committed else None
+
+
+def find_uncommitted(save_dir: Path) -> list[Path]:
+    """Return folders that a save was interrupted in."""
+    if not save_dir.is_dir():
+        return []
+    folders = [path for path in save_dir.iterdir() if path.is_dir() and _NAME.fullmatch(path.name)]
+    return sorted(path for path in folders if not (path / COMMITTED).exists() and _is_ours(path))
+
+
+def commit(path: Path, step: int) -> None:
+    """Mark a checkpoint as whole. Called once everything in it is on disk.
+
+    Raises:
+        CheckpointError: A part is missing.
+    """
+    missing = sorted(part for part in PARTS - {COMMITTED} if not (path / part).exists())
+    if missing:
+        raise CheckpointError(f"{path}: cannot be committed without {', '.join(missing)}. The storage lost files.")
+    write_atomically(path / COMMITTED, json.dumps({"step": step}) + "\n")
+
+
+def point_best(save_dir: Path) -> Path | None:
+    """Let `best` name the whole checkpoint with the most expected tokens; the newest if none was validated.
+
+    Of equals, the older stays. Returns the folder it names.
+    """
+    committed = find_committed(save_dir)
+    if not committed:
+        return None
+    scored = [c for c in committed if BEST_METRIC in c.record["metrics"]]
+    best = max(scored, key=lambda c: c.record["metrics"][BEST_METRIC]) if scored else committed[-1]
+    temporary = save_dir / f".{BEST}.tmp"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(best.path.name)
+    os.replace(temporary, save_dir / BEST)
+    return best.path
+
+
+def check_same_run(checkpoint: CommittedCheckpoint, identity: Mapping[str, Any]) -> None:
+    """Refuse to go on from a checkpoint of another run.
+
+    Raises:
+        CheckpointError: Names everything that differs.
+    """
+    saved = checkpoint.record["identity"]
+    keys = sorted(set(saved) | set(identity))
+    differing = [f"{key} was {saved.get(key)!r}, is {identity.get(key)!r}" for key in keys if saved.get(key) != identity.get(key)]
+    if differing:
+        raise CheckpointError(
+            f"{checkpoint.path}: saved by a run with other settings or data:\n  "
+            + "\n  ".join(differing)
+            + "\n  Give the same ones, another --save-path, or --no-resume-from-checkpoint to start over."
+        )
+
+
+def remove_run(save_dir: Path) -> list[Path]:
+    """Remove what earlier runs of this program wrote to the folder, and nothing else. Returns what was left alone."""
+    if not save_dir.is_dir():
+        return []
+    if (save_dir / BEST).is_symlink():
+        (save_dir / BEST).unlink()
+    for name in (RUN_YAML, INITIAL_METRICS, *RAY_FILES):
+        (save_dir / name).unlink(missing_ok=True)
+    for path in save_dir.iterdir():
+        if path.is_dir() and _NAME.fullmatch(path.name) and _is_ours(path):
+            shutil.rmtree(path)
+    return sorted(save_dir.iterdir())
+
+
+def set_aside_broken_snapshot(save_dir: Path) -> Path | None:
+    """Move Ray's list of checkpoints away if it is cut short or names a folder that is gone.
+
+    Ray writes that file in place and refuses to start from a bad one. Resuming here relies on COMMITTED alone, so
+    nothing is lost without it. Returns where it was moved, or None if it is fine or absent.
+    """
+    snapshot = save_dir / RAY_SNAPSHOT
+    if not snapshot.is_file():
+        return None
+    try:
+        results = json.loads(snapshot.read_text(encoding="utf-8"))["checkpoint_results"]
+        names = [result["checkpoint_dir_name"] for result in results]
+        if all((save_dir / name).is_dir() for name in names):
+            return None
+    except (ValueError, KeyError, TypeError):
+        pass  # not the file Ray writes: set aside below
+    return Path(shutil.move(snapshot, save_dir / f"{RAY_SNAPSHOT}.broken"))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file that is either absent, old, or whole, and on disk when this returns."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _open(path: Path) -> CommittedCheckpoint:
+    missing = sorted(part for part in PARTS if not (path / part).exists())
+    if missing:
+        raise CheckpointError(f"{path}: committed, but {', '.join(missing)} is gone. Restore it or move the folder away.")
+    try:
+        step = json.loads((path / COMMITTED).read_text(encoding="utf-8"))["step"]
+        record = json.loads((path / RECORD).read_text(encoding="utf-8"))
+        return CommittedCheckpoint(path, int(step), {"metrics": record["metrics"], "identity": record["identity"], **record})
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: {COMMITTED} or {RECORD} cannot be read ({error!r}). Move the folder away.") from error
+
+
+def _is_ours(path: Path) -> bool:
+    """A folder that holds parts of a checkpoint and nothing else, or nothing at all."""
+    return {entry.name for entry in path.iterdir()} <= PARTS | {f".{COMMITTED}.tmp"}

@@ -1,0 +1,72 @@
+"""The only file that knows FSDP2: shard a draft over the ranks, fill it from rank 0, gather it again.
+
+The draft is one FSDP unit: every TTT step reads every weight, so gathering once for the whole unroll moves the
+fewest bytes. The frozen embedding is no part of it: it has no gradient to reduce, and each rank holds a copy.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from eagle3_ray.model.config import DraftConfig
+from eagle3_ray.model.draft import Eagle3Draft
+
+FROZEN = "embed_tokens.weight"
+
+
+def build_sharded_draft(
+    config: DraftConfig, weights: Mapping[str, Tensor] | None, device: torch.device, compute_dtype: torch.dtype
+) -> Eagle3Draft:
+    """Build the draft sharded over all ranks, with fp32 masters, and fill it from rank 0.
+
+    Needs an initialised process group. collective: every rank calls it.
+
+    Args:
+        config: Shape of the draft.
+        weights: Rank 0: every tensor of the draft (fp32, CPU). Other ranks: None.
+        device: This rank's device.
+        compute_dtype: dtype of the forward and backward passes; gradients are reduced in fp32.
+    """
+    with torch.device("meta"):
+        draft = Eagle3Draft(config)
+    # A sum, not a mean: the loss is divided by the global count of targets before it is differentiated.
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    fully_shard(
+        draft, mesh=mesh, mp_policy=policy, reshard_after_forward=False, ignored_params={draft.embed_tokens.weight}
+    )
+    assert isinstance(draft, FSDPModule)  # fully_shard adds it to the draft's own class
+    draft.set_gradient_divide_factor(1.0)
+    draft.set_force_sum_reduction_for_comms(True)
+    draft.to_empty(device=device)
+    # Strict: memory that to_empty left uninitialised (norms, once, upstream) must be overwritten in full.
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True)
+    set_model_state_dict(draft, dict(weights or {}), options=options)
+    draft.embed_tokens.to(compute_dtype)
+    return draft
+
+
+def trained_state(draft: Eagle3Draft) -> dict[str, Tensor]:
+    """Return the sharded fp32 masters by name, without the frozen embedding."""
+    return {name: tensor for name, tensor in draft.state_dict().items() if name != FROZEN}
+
+
+def gather_weights(draft: Eagle3Draft, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return every tensor of the draft in full, on the CPU. collective: every rank calls it."""
+    full = {}
+    for name, tensor in draft.state_dict().items():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        full[name] = whole.to("cpu", dtype)
+    return full
+
+
+def clip_grad_norm(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
+    """Clip to a global norm over all ranks and return the norm before clipping (scalar). collective."""
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -1,0 +1,147 @@
+"""One optimizer update, and one validation pass over a bin. No Ray, no files.
+
+A step covers the bins of all ranks. The counts of valid targets are summed over ranks before the first backward
+pass, so the loss is a sum over positions divided by one global count, never a mean of means, and does not depend
+on how the bins were dealt out.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from eagle3_ray.data.batch import PackedBin
+from eagle3_ray.errors import NonFiniteError
+from eagle3_ray.model.attention import build_document_attention
+from eagle3_ray.model.draft import DraftInputs, Eagle3Draft
+from eagle3_ray.model.layout import TttLayout, build_layout
+from eagle3_ray.model.loss import TargetHead
+from eagle3_ray.training.sharding import clip_grad_norm
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What a step needs to know beside the model.
+
+    Attributes:
+        num_ttt_steps: P.
+        loss_decay: Step k is weighted by loss_decay**k.
+        noise_std: Half-width of the uniform noise on auxiliary states; training only.
+        seed: Seed of the noise, together with the epoch and the bin's number.
+        max_grad_norm: Global norm gradients are clipped to.
+        device: Where to compute.
+        compute_dtype: dtype of states and activations.
+    """
+
+    num_ttt_steps: int
+    loss_decay: float
+    noise_std: float
+    seed: int
+    max_grad_norm: float
+    device: torch.device
+    compute_dtype: torch.dtype
+
+
+def train_step(
+    draft: Eagle3Draft,
+    optimizer: torch.optim.Optimizer,
+    target_head: TargetHead,
+    bins: Sequence[PackedBin],
+    epoch: int,
+    settings: StepSettings,
+) -> tuple[Tensor, float]:
+    """Update the draft once from this rank's bins of one step. collective: every rank calls it.
+
+    Returns:
+        This rank's sums [6, P] float64 (`loss.SUM_NAMES`), and the global gradient norm before clipping.
+
+    Raises:
+        NonFiniteError: The norm is NaN or Inf, on all ranks alike; nothing is updated.
+    """
+    layouts = [build_layout(b.document_ids, b.loss_mask, b.num_tokens, settings.num_ttt_steps) for b in bins]
+    weights = position_weights(layouts, settings)
+    sums = torch.zeros(6, settings.num_ttt_steps, dtype=torch.float64, device=settings.device)
+    for packed, layout in zip(bins, layouts, strict=True):
+        inputs = prepare_inputs(packed, layout, settings)
+        output = draft(add_noise(inputs, epoch, packed.number, settings), target_head, weights)
+        output.loss.backward()
+        sums += output.sums
+    trained = [p for p in draft.parameters() if p.requires_grad]
+    # sync: an update that spoils the weights is never made, so the host must know.
+    grad_norm = float(clip_grad_norm(trained, settings.max_grad_norm))
+    if not math.isfinite(grad_norm):
+        optimizer.zero_grad()
+        raise NonFiniteError(f"the gradient norm is {grad_norm}.")
+    optimizer.step()
+    optimizer.zero_grad()
+    return sums, grad_norm
+
+
+@torch.no_grad()
+def eval_step(draft: Eagle3Draft, target_head: TargetHead, packed: PackedBin, settings: StepSettings) -> Tensor:
+    """Return this rank's sums [6, P] float64 of one bin, without noise. collective: every rank calls it."""
+    layout = build_layout(packed.document_ids, packed.loss_mask, packed.num_tokens, settings.num_ttt_steps)
+    weights = torch.ones(settings.num_ttt_steps, device=settings.device)
+    sums: Tensor = draft(prepare_inputs(packed, layout, settings), target_head, weights).sums
+    return sums
+
+
+def position_weights(layouts: Sequence[TttLayout], settings: StepSettings) -> Tensor:
+    """Return [P] fp32: decay**k divided by the valid targets of step k over all ranks. collective."""
+    counts = torch.stack([layout.counts for layout in layouts]).sum(0).to(settings.device)
+    if dist.is_initialized():
+        dist.all_reduce(counts)
+    decay = settings.loss_decay ** torch.arange(settings.num_ttt_steps, device=settings.device)
+    return (decay / counts.clamp(min=1)).float()
+
+
+def prepare_inputs(packed: PackedBin, layout: TttLayout, settings: StepSettings) -> DraftInputs:
+    """Move a bin without its padding to the device; states cross in the dtype of the files and are cast there."""
+    device, tokens = settings.device, slice(0, layout.num_tokens)
+
+    def move(tensor: Tensor) -> Tensor:
+        return tensor[tokens].to(device, non_blocking=True)
+
+    attend_rows = build_document_attention(layout.documents, layout.rows, layout.num_tokens, device)
+    every_index = torch.arange(layout.num_tokens)
+    return DraftInputs(
+        input_ids=move(packed.input_ids),
+        aux_states=move(packed.aux_states).to(settings.compute_dtype),
+        last_state=move(packed.last_state).to(settings.compute_dtype),
+        position_ids=move(packed.position_ids),
+        layout=replace(
+            layout,
+            rows=layout.rows.to(device, non_blocking=True),
+            targets=layout.targets.to(device, non_blocking=True),
+            row_of_target=layout.row_of_target.to(device, non_blocking=True),
+            is_valid=layout.is_valid.to(device, non_blocking=True),
+        ),
+        attend_rows=attend_rows,
+        attend_all=build_document_attention(layout.documents, every_index, layout.num_tokens, device),
+    )
+
+
+def add_noise(inputs: DraftInputs, epoch: int, bin_number: int, settings: StepSettings) -> DraftInputs:
+    """Add uniform noise to the auxiliary states, never to the targets.
+
+    The generator is seeded by (seed, epoch, bin), so the noise of a bin is the same on whichever rank it lands and
+    a resumed run needs no generator state.
+    """
+    if settings.noise_std == 0 or bin_number < 0:
+        return inputs
+    seed = np.random.SeedSequence([settings.seed, epoch, bin_number]).generate_state(2)
+    generator = torch.Generator(settings.device).manual_seed(int(seed[0]) << 31 ^ int(seed[1]))
+    noise = torch.empty_like(inputs.aux_states).uniform_(-settings.noise_std, settings.noise_std, generator=generator)
+    return replace(inputs, aux_states=inputs.aux_states + noise)
+
+
+def sum_over_ranks(sums: Tensor) -> Tensor:
+    """Return the sums of all ranks. collective."""
+    if dist.is_initialized():
+        sums = sums.clone()
+        dist.all_reduce(sums)
+    return sums

@@ -1,0 +1,105 @@
+"""The attention rule, both devices' implementations against one dense brute force with the mask written out."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
+
+from eagle3_ray.model.attention import attend_flex, build_block_mask, build_document_attention, merge_diagonals
+
+CPU = torch.device("cpu")
+DOCUMENTS = ((0, 5), (5, 6), (6, 14), (14, 17))
+NUM_TOKENS, HEADS, GROUPS, HEAD_DIM = 17, 4, 2, 8
+ROWS = torch.tensor([0, 3, 4, 5, 6, 7, 12, 13, 16])
+
+
+def dense_mask(rows: Tensor, num_later_steps: int) -> Tensor:
+    """[R, T + steps*T] bool: the rule as a picture, step-0 keys first, then each later step's own keys."""
+    document = torch.cat([torch.full((end - start,), n) for n, (start, end) in enumerate(DOCUMENTS)])
+    index = torch.arange(NUM_TOKENS)
+    causal = (index[:, None] >= index[None, :]) & (document[:, None] == document[None, :])
+    diagonal = torch.eye(NUM_TOKENS, dtype=torch.bool)
+    return torch.cat([causal, *[diagonal] * num_later_steps], dim=1)[rows]
+
+
+def dense_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """Softmax over everything at once: queries [R, Q, D], keys and values [K, G, D], mask [R, K]."""
+    repeats = queries.shape[1] // keys.shape[1]
+    keys, values = keys.repeat_interleave(repeats, 1), values.repeat_interleave(repeats, 1)
+    scores = torch.einsum("rhd,khd->hrk", queries, keys) / queries.shape[-1] ** 0.5
+    return torch.einsum("hrk,khd->rhd", scores.masked_fill(~mask, -torch.inf).softmax(-1), values)
+
+
+def random_inputs(num_later_steps: int, dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    shapes = [(len(ROWS), HEADS, HEAD_DIM), *[(NUM_TOKENS, GROUPS, HEAD_DIM)] * (2 + 2 * num_later_steps)]
+    return [torch.randn(shape, generator=generator, dtype=dtype, requires_grad=True) for shape in shapes]
+
+
+def ours(queries: Tensor, keys: Tensor, values: Tensor, *later: Tensor) -> Tensor:
+    attend = build_document_attention(DOCUMENTS, ROWS, NUM_TOKENS, CPU)
+    output, log_sum_exp = attend(queries, keys, values)
+    diagonal = [(later[i][ROWS], later[i + 1][ROWS]) for i in range(0, len(later), 2)]
+    return merge_diagonals(output, log_sum_exp, queries, diagonal)
+
+
+def oracle(queries: Tensor, keys: Tensor, values: Tensor, *later: Tensor) -> Tensor:
+    mask = dense_mask(ROWS, len(later) // 2)
+    return dense_attention(queries, torch.cat([keys, *later[0::2]]), torch.cat([values, *later[1::2]]), mask)
+
+
+@pytest.mark.parametrize("num_later_steps", [0, 1, 3])
+def test_output_and_gradients_equal_the_dense_brute_force(num_later_steps: int) -> None:
+    inputs = random_inputs(num_later_steps, torch.float64)
+    weight = torch.randn(len(ROWS), HEADS, HEAD_DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    found, expected = ours(*inputs), oracle(*inputs)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)  # float64 throughout
+    found_grads = torch.autograd.grad((found * weight).sum(), inputs)
+    expected_grads = torch.autograd.grad((expected * weight).sum(), inputs)
+    for found_grad, expected_grad in zip(found_grads, expected_grads, strict=True):
+        torch.testing.assert_close(found_grad, expected_grad, rtol=1e-10, atol=1e-12)
+
+
+def test_gradient_through_the_log_sum_exp_passes_gradcheck() -> None:
+    attend = build_document_attention(DOCUMENTS, ROWS, NUM_TOKENS, CPU)
+    assert torch.autograd.gradcheck(attend, random_inputs(0, torch.float64), fast_mode=True)
+
+
+def test_queries_longer_than_a_block_equal_the_dense_brute_force(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eagle3_ray.model.attention.QUERY_BLOCK", 2)
+    inputs = random_inputs(2, torch.float64)
+    torch.testing.assert_close(ours(*inputs), oracle(*inputs), rtol=1e-12, atol=1e-12)
+
+
+def test_bf16_output_is_within_bf16_rounding_of_float64() -> None:
+    exact = random_inputs(2, torch.float64)
+    rounded = [x.detach().to(torch.bfloat16) for x in exact]
+    expected = oracle(*[x.double() for x in rounded])
+    found = ours(*rounded)
+    assert found.dtype == torch.bfloat16
+    # Scores and sums are fp32; only the two outputs are rounded to bf16's 8 bits.
+    torch.testing.assert_close(found.double(), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_a_token_of_another_document_or_of_the_future_changes_nothing() -> None:
+    queries, keys, values = random_inputs(0, torch.float64)
+    before = ours(queries, keys, values)
+    changed = keys.detach().clone()
+    changed[5] += 100.0  # the only token of document 1, which is row 3 of ROWS
+    after = ours(queries, changed, values)
+    kept = torch.tensor([0, 1, 2, 4, 5, 6, 7, 8])
+    assert torch.equal(before[kept], after[kept])
+    changed = keys.detach().clone()
+    changed[13] += 100.0  # the last token of document 2: only its own query may see it
+    after = ours(queries, changed, values)
+    assert torch.equal(before[:7], after[:7]) and not torch.equal(before[7], after[7])
+
+
+def test_flex_attention_forward_equals_the_cpu_implementation() -> None:
+    """FlexAttention has no backward on CPUs; its gradients are compared in tests/gpu."""
+    queries, keys, values = (x.detach() for x in random_inputs(0, torch.float32))
+    block_mask = build_block_mask(DOCUMENTS, ROWS, NUM_TOKENS, CPU)
+    found, found_lse = attend_flex(queries, keys, values, block_mask, flex_attention)
+    expected, expected_lse = build_document_attention(DOCUMENTS, ROWS, NUM_TOKENS, CPU)(queries, keys, values)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)  # two orders of float32 sums
+    torch.testing.assert_close(found_lse, expected_lse, rtol=1e-5, atol=1e-6)
