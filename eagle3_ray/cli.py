@@ -28,7 +28,7 @@ from eagle3_ray.settings_file import read_settings_file
 INTERRUPTED = 130
 
 # pydantic's kinds of problem in our words; the names in braces come with the problem.
-_PROBLEMS = {
+PROBLEMS = {
     "greater_than_equal": "must be at least {ge}",
     "greater_than": "must be more than {gt}",
     "less_than_equal": "must be at most {le}",
@@ -127,7 +127,7 @@ def read_settings(verb: str, arguments: Sequence[str]) -> Settings:
     """
     settings_class = VERBS[verb]
     flags = flags_of(settings_class)
-    given = _read_flags(verb, arguments)
+    given = read_flags(verb, arguments)
     path = given.pop("config", None)
     from_file = {} if path is None else read_settings_file(Path(path))
     try:
@@ -140,7 +140,7 @@ def read_settings(verb: str, arguments: Sequence[str]) -> Settings:
     raise UsageError(f"{message}\nSee eagle3-ray {verb} --help.")
 
 
-def _read_flags(verb: str, arguments: Sequence[str]) -> dict[str, Any]:
+def read_flags(verb: str, arguments: Sequence[str]) -> dict[str, Any]:
     """Return what was typed, by field name: text, lists of text, booleans; None for `none` where that is a value."""
     parsed: dict[str, Any] = tyro.cli(
         _flags_type(VERBS[verb]),
@@ -190,7 +190,7 @@ def _position(detail: ErrorDetails, flags: Mapping[str, Flag]) -> int:
 
 def _describe(detail: ErrorDetails, flags: Mapping[str, Flag], given: Mapping[str, Any], path: str | None) -> list[str]:
     """Return a problem as lines that name the flag, its value, and the file if it comes from there."""
-    template = _PROBLEMS.get(detail["type"])
+    template = PROBLEMS.get(detail["type"])
     what = detail["msg"] if template is None else template.format(**detail.get("ctx", {}))
     if not detail["loc"]:
         return what.split("\n")

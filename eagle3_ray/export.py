@@ -9,7 +9,7 @@
 Nothing appears under the output's name before it was written, reopened and compared tensor by tensor.
 
 Source: SGLang's models/llama_eagle3.py (names, what it computes) and `set_eagle3_layers_to_capture` of its
-verifier models (layer ids), read from July 2025 to August 2026.
+verifier models (layer ids; its pull requests 25454 and 32334 changed them for some), as of August 2026.
 """
 
 import json

@@ -18,7 +18,8 @@ def read_settings_file(path: Path) -> dict[str, Any]:
     """Read settings by field name; their values are checked later, together with the flags.
 
     Raises:
-        UsageError: The file cannot be read, is not YAML, is no mapping of names, or names a setting twice.
+        UsageError: The file cannot be read, is not YAML, is no mapping of names, names a setting twice, or names
+            another file.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -36,6 +37,8 @@ def read_settings_file(path: Path) -> dict[str, Any]:
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise UsageError(f"--config {path}: sets {', '.join(repeated)} more than once. Keep one line of each.")
+    if "config" in names:
+        raise UsageError(f"--config {path}: sets config, but a file cannot name another file. Remove that line.")
     return {key.replace("-", "_"): value for key, value in values.items()}
 
 

@@ -27,6 +27,7 @@ from eagle3_ray.errors import ClusterError, DataError
 logger = logging.getLogger(__name__)
 
 MAX_FILES_PER_TASK = 256
+TASKS_PER_CPU = 4  # running or waiting; small folders are cut into so many
 CPUS_PER_TASK = 0.5  # half of such a task is waiting for the disk
 REPORT_EVERY_S = 10.0
 
@@ -205,14 +206,14 @@ def _map_files(
         ClusterError: A task was lost for good.
     """
     num_cpus = int(ray.cluster_resources().get("CPU", 1)) if paths else 1
-    num_files = min(MAX_FILES_PER_TASK, max(1, len(paths) // (4 * num_cpus)))
+    num_files = min(MAX_FILES_PER_TASK, max(1, len(paths) // (TASKS_PER_CPU * num_cpus)))
     chunks = iter([paths[start : start + num_files] for start in range(0, len(paths), num_files)])
     remote = ray.remote(num_cpus=CPUS_PER_TASK)(task)
     running: dict[ray.ObjectRef[Result], list[str]] = {}
     num_done, last_report_s = 0, time.monotonic()
     while True:
         # Few at a time: a result of the counting task is as long as the vocabulary.
-        for chunk in itertools.islice(chunks, 4 * num_cpus - len(running)):
+        for chunk in itertools.islice(chunks, TASKS_PER_CPU * num_cpus - len(running)):
             running[remote.remote(root, chunk, *arguments)] = chunk
         if not running:
             return
@@ -227,7 +228,7 @@ def _map_files(
         ) as e:
             raise ClusterError(
                 f"{root}: the Ray task that read {chunk[0]} and the {len(chunk) - 1} files after it was lost "
-                f"({type(e).__name__}). If a file is being written or the node is short of memory, wait and start again."
+                f"({type(e).__name__}). If a file is being written or the node is short of memory, start again later."
             ) from e
         yield chunk, result
         num_done += len(chunk)

@@ -178,7 +178,7 @@ def _problems_of_mapping(
         if len(other):
             i = int(other[0])
             problems.append(
-                f"{d2t_path} maps draft id {i} to verifier id {i + int(offsets[i])}, by {t2d_path} it is {int(kept[i])} "
+                f"{d2t_path} maps draft id {i} to verifier id {i + int(offsets[i])}, by {t2d_path} it is {kept[i]} "
                 f"({len(other)} of {len(kept)} ids differ)"
             )
     if len(offsets) == 0:

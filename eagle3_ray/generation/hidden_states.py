@@ -73,7 +73,9 @@ class CapturingVerifier:
         self._captured: dict[int, Tensor] = {}
         layers = _find_child(name, decoder, LAYER_LIST_NAMES, "list of decoder layers")
         if not isinstance(layers, nn.ModuleList) or len(layers) != num_layers:
-            raise VerifierError(f"{name}: its config says {num_layers} layers; {type(decoder).__name__} has another list of them.")
+            raise VerifierError(
+                f"{name}: its config says {num_layers} layers; {type(decoder).__name__} has another list of them."
+            )
         norm = _find_child(name, decoder, FINAL_NORM_NAMES, "final norm")
         entered = {layer_id: layers[layer_id] for layer_id in self._aux_layer_ids if layer_id < num_layers}
         for layer_id, module in {**entered, num_layers: norm}.items():  # what enters "layer n" is the last state
@@ -112,17 +114,19 @@ class CapturingVerifier:
             bad = torch.stack([~state.isfinite().all(dim=-1) for state in states]).cpu() & is_token  # sync: [A+1, B, L]
         except torch.OutOfMemoryError as error:
             raise ClusterError(
-                f"{self._name}: a padded batch of {len(samples)} x {input_ids.shape[1]} tokens does not fit into the memory of "
-                f"{self.device}. Lower --batch-tokens, and --max-seq-len if the batch is a single sample."
+                f"{self._name}: a padded batch of {len(samples)} x {input_ids.shape[1]} tokens does not fit into "
+                f"the memory of {self.device}. Lower --batch-tokens, and --max-seq-len if the batch is a single sample."
             ) from error
         finally:
             self._captured.clear()
         if bool(bad.any()):
             number, sample, token = (int(i) for i in bad.nonzero()[0])
-            state_name = "the last state" if number == len(self._aux_layer_ids) else f"state {self._aux_layer_ids[number]}"
+            state_name = (
+                "the last state" if number == len(self._aux_layer_ids) else f"state {self._aux_layer_ids[number]}"
+            )
             raise VerifierError(
-                f"{names[sample]}: {self._name} computes NaN or Inf in {state_name} at token {token}. Try --precision fp32; "
-                "if that does not help, the verifier's weights are damaged."
+                f"{names[sample]}: {self._name} computes NaN or Inf in {state_name} at token {token}. Try "
+                "--precision fp32; if that does not help, the verifier's weights are damaged."
             )
         states = [state.cpu() for state in states]
         # clone: a slice would drag the storage of the whole batch into its file
@@ -157,16 +161,16 @@ class CapturingVerifier:
         with torch.inference_mode():
             normed = norm(captured[self._num_layers])
         self._captured.clear()
-        wrong = [i for i in self._aux_layer_ids if i < self._num_layers and not torch.equal(captured[i], expected[i])]
+        wrong = [i for i in self._aux_layer_ids if i < self._num_layers and not _same(captured[i], expected[i])]
         if wrong or len(expected) != self._num_layers + 1:
             raise VerifierError(
-                f"{self._name}: the states entering layers {wrong or 'of its decoder'} are not transformers' hidden_states "
-                f"of the same numbers; {type(self._decoder).__name__} is not supported."
+                f"{self._name}: the states entering layers {wrong or 'of its decoder'} are not transformers' "
+                f"hidden_states of the same numbers; {type(self._decoder).__name__} is not supported."
             )
-        if not torch.equal(normed, outputs.last_hidden_state):
+        if not _same(normed, outputs.last_hidden_state):
             raise VerifierError(
-                f"{self._name}: its final norm does not give last_hidden_state, so the state before the norm is not known; "
-                f"{type(self._decoder).__name__} is not supported."
+                f"{self._name}: its final norm does not give last_hidden_state, so the state before the norm is not "
+                f"known; {type(self._decoder).__name__} is not supported."
             )
 
 
@@ -187,9 +191,10 @@ def load_verifier(
         ClusterError: It does not fit into the device's memory.
     """
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             info.name_or_path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
         )
+        model, report = loaded
         decoder = model.get_decoder().eval().to(device)
     except torch.OutOfMemoryError as error:
         raise ClusterError(
@@ -201,8 +206,9 @@ def load_verifier(
     missing = sorted(name for name in report["missing_keys"] if not name.startswith("lm_head."))
     if missing:
         raise VerifierError(
-            f"{info.name_or_path}: {len(missing)} tensors of the verifier are not in its files: {', '.join(missing[:5])}"
-            f"{', ...' if len(missing) > 5 else ''}. The folder must hold the verifier's full weights."
+            f"{info.name_or_path}: {len(missing)} tensors of the verifier are not in its files: "
+            f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}. "
+            "The folder must hold the verifier's full weights."
         )
     return CapturingVerifier(info.name_or_path, decoder, aux_layer_ids, info.num_layers)
 
@@ -213,6 +219,11 @@ def _find_child(name: str, decoder: nn.Module, child_names: Sequence[str], what:
         if child_name in children:
             return children[child_name]
     raise VerifierError(
-        f"{name}: no {what} in {type(decoder).__name__} (looked for {', '.join(child_names)}; it has {', '.join(children)}). "
-        "This architecture is not supported."
+        f"{name}: no {what} in {type(decoder).__name__} (looked for {', '.join(child_names)}; it has "
+        f"{', '.join(children)}). This architecture is not supported."
     )
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Compare exactly; NaN equals NaN, as damaged weights are found, and named, in the samples."""
+    return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)

@@ -16,6 +16,7 @@ conversation is refused: a mask that is off by one turn trains without any visib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -82,7 +83,8 @@ def load_tokenizer(name_or_path: str, trust_remote_code: bool) -> PreTrainedToke
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise VerifierError(
-            f"{name_or_path}: no tokenizer can be read ({error}). Put the verifier's own tokenizer files beside its config.json."
+            f"{name_or_path}: no tokenizer can be read ({error}). Put the verifier's own tokenizer files "
+            "beside its config.json."
         ) from error
     tokenizer.model_max_length = 2**40  # samples are cut by max_seq_len; else every long text draws a warning
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
@@ -151,8 +153,8 @@ def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
         )
     if not tokenizer.chat_template:
         raise VerifierError(
-            f"{tokenizer.name_or_path}: its tokenizer has no chat template, so chats cannot be rendered as the verifier "
-            'knows them. Add a chat_template.jinja to the folder, or give plain text ({"text": ...}).'
+            f"{tokenizer.name_or_path}: its tokenizer has no chat template, so chats cannot be rendered as the "
+            'verifier knows them. Add a chat_template.jinja to the folder, or give plain text ({"text": ...}).'
         )
     template: str = tokenizer.get_chat_template()
     return template
@@ -161,7 +163,7 @@ def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
 def _mask_by_generation_tag(
     messages: list[Message], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    tokens = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    tokens: Any = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
     mask = np.asarray(tokens["assistant_masks"], np.bool_)
     if not mask.any():
         raise DataError("the chat template's {% generation %} block marks no token, although the assistant speaks")
@@ -238,7 +240,9 @@ def _find_markers(
             for message in messages
         ]
         marked = render(marked_messages, False)
-        starts, ends, removed = [], [], 0
+        starts: list[int] = []
+        ends: list[int] = []
+        removed = 0
         for marker in MARKER.finditer(marked):
             (starts if marker.group() == START else ends).append(marker.start() - removed)
             removed += len(marker.group())

@@ -12,10 +12,8 @@ import hashlib
 import os
 from pathlib import Path
 
-import numpy as np
 import torch
 from huggingface_hub import hf_hub_download
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
@@ -99,40 +97,55 @@ def read_data_config(folder: Path) -> DataConfig | None:
         ) from error
 
 
-def claim_folder(folder: Path, config: DataConfig) -> None:
-    """Make the folder this run's own, or resume what the same command began there.
+def check_folder(folder: Path, config: DataConfig) -> None:
+    """Refuse to add to samples that were made from something else. Changes nothing.
 
     Args:
-        folder: made if it is not there.
+        folder: may be absent.
         config: what this run would generate.
 
     Raises:
-        DataError: The folder holds samples made from something else, or from nobody knows what. Nothing is changed.
+        DataError: The folder holds samples made from something else, or from nobody knows what.
     """
     there = read_data_config(folder)
     if there is None:
         strangers = sorted(path.name for path in folder.glob("*.pt")) if folder.is_dir() else []
         if strangers:
+            shown = ", ".join(strangers[:3]) + (", ..." if len(strangers) > 3 else "")
             raise DataError(
-                f"{folder}: holds {len(strangers)} .pt files ({', '.join(strangers[:3])}{', ...' if len(strangers) > 3 else ''}) "
-                f"but no {CONFIG_NAME}, so what they were made from is not known. Choose another --output-path."
+                f"{folder}: holds {len(strangers)} .pt files ({shown}) but no {CONFIG_NAME}, so what they were made "
+                "from is not known. Choose another --output-path."
             )
-    else:
-        old, new = there.model_dump(), config.model_dump()
-        differing = [name for name in new if name not in INFORMATIVE_FIELDS and old[name] != new[name]]
-        if differing:
-            lines = [f"  {name}: {old[name]} there, {new[name]} now" for name in differing]
-            raise DataError(
-                "\n".join([f"{folder / CONFIG_NAME}: the samples there were made from something else:", *lines])
-                + "\nNothing was changed. Give the settings of then, or another --output-path."
-            )
+        return
+    old, new = there.model_dump(), config.model_dump()
+    differing = [name for name in new if name not in INFORMATIVE_FIELDS and old[name] != new[name]]
+    if differing:
+        lines = [f"  {name}: {_shown(old[name])} there, {_shown(new[name])} now" for name in differing]
+        raise DataError(
+            "\n".join([f"{folder / CONFIG_NAME}: the samples there were made from something else:", *lines])
+            + "\nNothing was changed. Give the settings of then, or another --output-path."
+        )
+
+
+def claim_folder(folder: Path, config: DataConfig) -> None:
+    """Make the folder and say in it what its samples are made from; take away what a killed run left half-written.
+
+    Args:
+        folder: passed `check_folder`.
+        config: what this run generates.
+
+    Raises:
+        DataError: The folder cannot be written to.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob(".data_*.pt.tmp"):
             leftover.unlink()
-        _write_and_rename(folder / CONFIG_NAME, config.model_dump_json(indent=2) + "\n")
+        temporary = folder / f".{CONFIG_NAME}.tmp"
+        temporary.write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, folder / CONFIG_NAME)
     except OSError as error:
-        raise DataError(f"{folder}: cannot be written to ({error}). Choose another --output-path.") from error
+        raise DataError(f"{folder}: cannot be written to ({error.strerror}). Choose another --output-path.") from error
 
 
 def sample_path(folder: Path, line_number: int) -> Path:
@@ -162,12 +175,6 @@ def read_whole_sample(path: Path, spec: SampleSpec) -> Sample | None:
     return sample if isinstance(sample, Sample) else None
 
 
-def count_supervised(input_ids: Tensor, loss_mask: Tensor) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the supervised ids of [S] ids and how often each occurs, two int64 arrays of one length."""
-    ids, counts = torch.unique(input_ids[loss_mask], return_counts=True)
-    return ids.numpy(), counts.numpy()
-
-
 def digest_verifier(info: VerifierInfo) -> str:
     """Return a digest that changes when the verifier does, without reading gigabytes.
 
@@ -191,7 +198,6 @@ def digest_verifier(info: VerifierInfo) -> str:
     return digest.hexdigest()
 
 
-def _write_and_rename(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+def _shown(value: object) -> object:
+    """Return a value short enough for a message: digests are cut."""
+    return f"{value[:12]}..." if isinstance(value, str) and len(value) >= 40 else value

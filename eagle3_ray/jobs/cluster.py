@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ import ray
 from eagle3_ray.errors import ClusterError
 
 CPUS_FOR_TASKS = 1  # beside the workers, for the tasks that feed them: without one, streaming waits for ever
+CONNECT_TIMEOUT_S = 10
+RAY_INIT_ERRORS = (OSError, RuntimeError, ValueError)  # OSError holds ConnectionError and TimeoutError
 
 
 @dataclass(frozen=True)
@@ -46,24 +49,50 @@ def ray_session(num_cpus: int | None = None) -> Iterator[None]:
         yield
         return
     address = os.environ.get("RAY_ADDRESS") or "local"
-    try:
-        if address == "local":
-            num_cpus = num_cpus or (os.cpu_count() or 1) + CPUS_FOR_TASKS
-            ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, logging_level=logging.WARNING)
-        else:
-            ray.init(address=address, logging_level=logging.WARNING)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-        what = "no local Ray could be started" if address == "local" else f"RAY_ADDRESS={address}: cannot be joined"
-        todo = (
-            "Look into /tmp/ray/session_latest/logs."
-            if address == "local"
-            else "Correct it, start the cluster, or unset it to run on this machine alone."
-        )
-        raise ClusterError(f"{what} ({str(error).strip() or type(error).__name__}). {todo}") from error
+    if address == "local":
+        _start_local(num_cpus or (os.cpu_count() or 1) + CPUS_FOR_TASKS)
+    else:
+        _join(address)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _start_local(num_cpus: int) -> None:
+    try:
+        ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, logging_level=logging.WARNING)
+    except RAY_INIT_ERRORS as error:
+        raise ClusterError(
+            f"no local Ray with {num_cpus} CPUs could be started ({_first_line(error)}). "
+            "Look into /tmp/ray/session_latest/logs."
+        ) from error
+
+
+def _join(address: str) -> None:
+    try:
+        _check_reachable(address)
+        ray.init(address=address, logging_level=logging.WARNING)
+    except RAY_INIT_ERRORS as error:
+        raise ClusterError(
+            f"RAY_ADDRESS={address}: no Ray cluster can be joined there ({_first_line(error)}). "
+            "Correct it, start the cluster, or unset it to run on this machine alone."
+        ) from error
+
+
+def _check_reachable(address: str) -> None:
+    """Try the port of `host:port` first: ray.init alone goes on trying a dead one for minutes.
+
+    Raises:
+        OSError: Nobody answers.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def cluster_resources() -> dict[str, float]:

@@ -1,21 +1,19 @@
 """`generate`: conversations -> v1 samples, by one copy of the verifier per GPU.
 
-    driver     index lines, decide layers and dtype, claim the folder
-    tasks      a chunk of lines each: samples that lie there whole are counted, the others tokenised, sorted by
-               length and cut into batches                              (streamed back as object references)
-    actors     a batch at a time through the verifier; files are written; token counts go back   (Ray Data)
-    driver     add up the counts, write token_freq.pt
+    driver    finds the lines, decides layers and dtype
+    tasks     a chunk of lines each: samples that are there whole are counted, the others tokenised and cut into
+              batches of like length, which stay in the object store
+    actors    one batch at a time through the verifier and to disk; only counts come back (Ray Data)
+    driver    adds up the counts, writes token_freq.pt
 
-No state ever leaves an actor but to disk, and token ids only pass through the object store, which spills. All lines
-are looked at before anything is written. Typing the same command again fills the gaps.
+Every line is looked at before anything is written. No state leaves an actor but to disk. Typing the same command
+again generates what is missing.
 """
 
 import functools
+import os
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,133 +21,66 @@ import pyarrow as pa
 import ray
 import ray.data
 import torch
-from numpy.typing import NDArray
 from ray.exceptions import RayError, RayTaskError
-from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from eagle3_ray import __version__
 from eagle3_ray.config import GenerateSettings
 from eagle3_ray.data.vocab import write_token_freq
 from eagle3_ray.errors import ClusterError, DataError
-from eagle3_ray.generation.conversations import LineChunk, index_lines, iter_lines, parse_conversation
-from eagle3_ray.generation.hidden_states import CapturingVerifier, load_verifier, plan_batches
-from eagle3_ray.generation.loss_mask import TokenRules, load_tokenizer, tokenize_conversation
+from eagle3_ray.generation.conversations import LineChunk, index_lines
+from eagle3_ray.generation.hidden_states import CapturingVerifier, load_verifier
+from eagle3_ray.generation.loss_mask import load_tokenizer
 from eagle3_ray.generation.output_folder import (
     TOKEN_FREQ_NAME,
     DataConfig,
+    check_folder,
     claim_folder,
-    count_supervised,
     digest_verifier,
-    read_whole_sample,
     sample_path,
-    write_sample,
 )
+from eagle3_ray.generation.work import GenerateJob, Tally, generate_batch, prepare_chunk
 from eagle3_ray.jobs.cluster import WorkerRequest, choose_workers, cluster_resources, ray_session
 from eagle3_ray.jobs.failures import raise_cause
 from eagle3_ray.model.verifier import VerifierInfo, read_verifier_config
 
-MAX_PROBLEMS_SHOWN = 20
-MAX_RESTARTS = 2  # of an actor whose process died, for instance killed for memory; Ray's own default is no limit
-NUM_WRITERS = 4  # threads an actor writes its batch with
+MAX_RESTARTS = 2  # of an actor whose process died, for instance killed for memory; Ray Data's own default is no limit
 
-TokenCounts = tuple[NDArray[np.int64], NDArray[np.int64]]  # ids and how often each is supervised
-
-
-@dataclass(frozen=True)
-class GenerateJob:
-    """What tasks and actors need to know; paths are absolute.
-
-    Attributes:
-        settings: of the command.
-        verifier: the verifier.
-        config: what is made from what.
-        use_gpu: whether actors have a GPU each.
-        threads_per_worker: torch threads of an actor.
-    """
-
-    settings: GenerateSettings
-    verifier: VerifierInfo
-    config: DataConfig
-    use_gpu: bool
-    threads_per_worker: int
-
-
-@dataclass(frozen=True)
-class ChunkReport:
-    """What became of a chunk's lines.
-
-    Attributes:
-        problems: "file:line: what is wrong", at most 20 of them.
-        num_problems: all of them.
-        num_whole: samples that lie there whole.
-        num_untrainable: conversations without a supervised token; they get no file.
-        num_cut: samples to be generated that were cut at max_seq_len.
-        whole_counts: supervised tokens of the whole samples.
-    """
-
-    problems: list[str]
-    num_problems: int
-    num_whole: int
-    num_untrainable: int
-    num_cut: int
-    whole_counts: TokenCounts
-
-
-@dataclass(frozen=True)
-class Totals:
-    """Sums over everything that now lies in the folder, and what was left out.
-
-    Attributes:
-        counts: [W] int64 supervised tokens of each id.
-        num_written: samples written by this run.
-        num_tokens: tokens of those.
-        num_whole: samples that lay there before.
-        num_untrainable: conversations left out.
-        num_cut: samples written by this run that were cut.
-    """
-
-    counts: NDArray[np.int64]
-    num_written: int
-    num_tokens: int
-    num_whole: int
-    num_untrainable: int
-    num_cut: int
+BatchRef = Any  # an object reference to a table of `work.BATCH_SCHEMA`; Ray's own types for it disagree
 
 
 def run(settings: GenerateSettings) -> None:
-    """Generate samples, or the ones that are still missing.
+    """Generate samples, or those that are still missing.
 
     Raises:
         Eagle3RayError: Conversations, verifier, output folder or cluster do not allow it; nothing on disk is lost.
     """
     verifier = read_verifier_config(settings.verifier_name_or_path)
-    settings = settings.model_copy(
-        update={
-            "verifier_name_or_path": verifier.name_or_path,  # actors start in another folder
-            "conversations_path": settings.conversations_path.resolve(),
-            "output_path": settings.output_path.resolve(),
-        }
-    )
+    # Tasks and actors start in another folder: every path is made absolute once, here.
+    paths = {"conversations_path": settings.conversations_path, "output_path": settings.output_path}
+    settings = settings.model_copy(update={name: path.resolve() for name, path in paths.items()})
     chunks, conversations_sha256 = index_lines(settings.conversations_path)
-    load_tokenizer(verifier.name_or_path, settings.trust_remote_code)
+    load_tokenizer(verifier.name_or_path, settings.trust_remote_code)  # or say at once that there is none
     with ray_session():
         workers = choose_workers(settings.num_workers, settings.use_gpu)
         job = decide_job(settings, verifier, workers, conversations_sha256)
-        claim_folder(settings.output_path, job.config, dry_run=True)
+        check_folder(settings.output_path, job.config)
         try:
-            reports, batches = prepare_batches(job, chunks)
-            check_reports(settings, reports)
+            tally, batches = prepare_batches(job, chunks)
+            check_tally(settings, tally)
             claim_folder(settings.output_path, job.config)
-            totals = generate_samples(job, workers, reports, batches)
+            print_plan(job, workers, tally)
+            num_counted_before = int(tally.counts.sum())
+            generate_samples(job, workers, tally, batches)
         except RayTaskError as error:
             raise_cause(error)
         except RayError as error:
             raise ClusterError(
-                f"a Ray process of this run was lost: {error}\nType the same command to go on: samples that are "
+                f"a Ray process of this run was lost: {error}\nType the same command to go on; samples that are "
                 "written stay. If its memory ran out, lower --batch-tokens."
             ) from error
-    write_token_freq(str(settings.output_path / TOKEN_FREQ_NAME), totals.counts)
-    print_totals(job, totals)
+    write_token_freq(str(settings.output_path / TOKEN_FREQ_NAME), tally.counts)
+    print_result(job, tally, int(tally.counts.sum()) - num_counted_before)
 
 
 def decide_job(
@@ -162,7 +93,9 @@ def decide_job(
     """
     aux_layer_ids = settings.aux_layer_ids or verifier.default_aux_layer_ids()
     verifier.check_aux_layer_ids(aux_layer_ids)
-    precision = settings.precision if settings.precision != "auto" else "bf16" if workers.use_gpu else "fp32"
+    precision = settings.precision
+    if precision == "auto":
+        precision = "bf16" if workers.use_gpu else "fp32"
     config = DataConfig(
         producer_version=__version__,
         verifier_name_or_path=verifier.name_or_path,
@@ -176,47 +109,144 @@ def decide_job(
         max_seq_len=settings.max_seq_len,
         skip_first_tokens=settings.skip_first_tokens,
     )
-    cpus_per_node = cluster_resources().get("CPU", 1) / max(len(ray.nodes()), 1)
-    workers_per_node = -(-workers.num_workers // max(len(ray.nodes()), 1))
-    return GenerateJob(settings, verifier, config, workers.use_gpu, max(int(cpus_per_node / workers_per_node), 1))
+    num_nodes = sum(node["Alive"] for node in ray.nodes())
+    # The head may call for more CPUs than it has; Ray, unlike the operating system, knows a container's limit.
+    cpus_per_node = min(os.cpu_count() or 1, int(cluster_resources()["CPU"]) // num_nodes)
+    workers_per_node = -(-workers.num_workers // num_nodes)
+    return GenerateJob(
+        settings=settings,
+        verifier=verifier,
+        config=config,
+        device="cuda" if workers.use_gpu else "cpu",
+        threads_per_worker=max(cpus_per_node // workers_per_node, 1),
+    )
 
 
-def prepare_batches(
-    job: GenerateJob, chunks: list[LineChunk]
-) -> tuple[list[ChunkReport], list["ray.ObjectRef[pa.Table]"]]:
-    """Look at every line in Ray tasks.
-
-    Returns:
-        A report a chunk, and references to batches: a table of (line_number, input_ids, loss_mask), a row a sample.
-    """
+def prepare_batches(job: GenerateJob, chunks: list[LineChunk]) -> tuple[Tally, list[BatchRef]]:
+    """Look at every line in Ray tasks; return the sums over all chunks, and a reference to each batch."""
     job_ref = ray.put(job)
-    streams = [_prepare_chunk.remote(job_ref, chunk) for chunk in chunks]
-    reports, batches = [], []
-    for stream in streams:
-        reports.append(ray.get(next(stream)))
+    task: Any = ray.remote(num_cpus=1, num_returns="streaming")(_stream_chunk)
+    tally = Tally(np.zeros(job.config.vocab_size, np.int64))
+    batches: list[BatchRef] = []
+    for stream in [task.remote(job_ref, chunk) for chunk in chunks]:
+        tally.add(ray.get(next(stream)))
         batches.extend(stream)
-    return reports, batches
+    return tally, batches
 
 
-def check_reports(settings: GenerateSettings, reports: list[ChunkReport]) -> None:
-    """Refuse conversations of which a line is wrong, or none trains anything.
+def check_tally(settings: GenerateSettings, tally: Tally) -> None:
+    """Refuse conversations of which a line is wrong, or none can train anything.
 
     Raises:
         DataError: Names up to 20 lines with their problems.
     """
-    num_problems = sum(report.num_problems for report in reports)
-    if num_problems:
-        shown = [problem for report in reports for problem in report.problems][:MAX_PROBLEMS_SHOWN]
-        rest = [f"... and {num_problems - len(shown)} more"] if num_problems > len(shown) else []
-        lines = f"{num_problems} lines" if num_problems > 1 else "1 line"
+    path = settings.conversations_path
+    if tally.num_problems:
+        lines = "1 line" if tally.num_problems == 1 else f"{tally.num_problems} lines"
+        more = tally.num_problems - len(tally.problems)
+        rest = [f"... and {more} more"] if more else []
         raise DataError(
-            "\n  ".join([f"{settings.conversations_path}: {lines} cannot be used:", *shown, *rest])
+            "\n  ".join([f"{path}: {lines} cannot be used:", *tally.problems, *rest])
             + "\nCorrect the lines or take them out. Nothing was written."
         )
-    num_untrainable = sum(report.num_untrainable for report in reports)
-    if not any(report.num_whole or report.whole_counts[0].size for report in reports) and not _any_to_generate(reports):
+    if tally.num_whole + tally.num_missing == 0:
         raise DataError(
-            f"{settings.conversations_path}: none of its {num_untrainable} conversations has a supervised token within "
-            f"the first {settings.max_seq_len} tokens. Chats need assistant turns; text needs more than "
-            f"--skip-first-tokens {settings.skip_first_tokens} tokens."
+            f"{path}: none of its {tally.num_untrainable} conversations has a supervised token among the first "
+            f"{settings.max_seq_len}. Chats need assistant turns, texts more than --skip-first-tokens "
+            f"{settings.skip_first_tokens} tokens; or raise --max-seq-len."
         )
+
+
+def generate_samples(job: GenerateJob, workers: WorkerRequest, tally: Tally, batches: list[BatchRef]) -> None:
+    """Stream the batches through the verifier's copies; add what they count to `tally`.
+
+    Raises:
+        ClusterError: The samples do not appear in the folder as this machine sees it.
+    """
+    if not batches:
+        return
+    dataset = ray.data.from_arrow_refs(batches)
+    dataset.context.enable_progress_bars = sys.stderr.isatty()
+    dataset.context.execution_no_progress_timeout_s = -1  # loading a big verifier may take longer than the default
+    results = dataset.map_batches(
+        VerifierActor,
+        fn_constructor_kwargs={"job": job},
+        batch_size=None,  # a block is a batch
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=min(workers.num_workers, len(batches))),
+        num_cpus=workers.cpus_per_worker,
+        num_gpus=1 if workers.use_gpu else 0,
+        max_restarts=MAX_RESTARTS,
+        max_task_retries=MAX_RESTARTS,
+    )
+    written: list[int] = []
+    result: Any
+    for result in results.iter_batches(batch_size=None, batch_format="pyarrow"):
+        for row in result.to_pylist():
+            tally.counts[row["ids"]] += np.array(row["counts"], np.int64)
+            written += row["line_numbers"]
+    visible = {entry.name for entry in os.scandir(job.settings.output_path)}
+    num_lost = sum(sample_path(job.settings.output_path, number).name not in visible for number in written)
+    if num_lost:
+        raise ClusterError(
+            f"{job.settings.output_path}: {num_lost} of {len(written)} samples that workers wrote are not seen "
+            "from here. Choose an --output-path on storage that all nodes share, and type the command again."
+        )
+    assert len(set(written)) == tally.num_missing
+
+
+class VerifierActor:
+    """Holds one copy of the verifier for the life of an actor."""
+
+    def __init__(self, job: GenerateJob) -> None:
+        self._job = job
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Generate a batch's samples; return one row with their lines and the ids and counts supervised."""
+        counts = generate_batch(self._job, self._verifier, batch)
+        ids = np.flatnonzero(counts)
+        return pa.table(
+            {"line_numbers": [batch["line_number"].to_numpy()], "ids": [ids], "counts": [counts[ids]]},
+        )
+
+    # Loaded by the first batch, not by the constructor: an error there would reach the driver as text only.
+    @functools.cached_property
+    def _verifier(self) -> CapturingVerifier:
+        torch.set_num_threads(self._job.threads_per_worker)
+        job = self._job
+        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[job.config.verifier_dtype]
+        return load_verifier(job.verifier, job.config.aux_layer_ids, job.device, dtype, job.settings.trust_remote_code)
+
+
+def _stream_chunk(job: GenerateJob, chunk: LineChunk) -> Iterator[Tally | pa.Table]:
+    """One task of `prepare_batches`: the tally of a chunk, then its batches, each an object of its own."""
+    torch.set_num_threads(1)
+    tally, batches = prepare_chunk(job, chunk, _tokenizer(job.verifier.name_or_path, job.settings.trust_remote_code))
+    yield tally
+    yield from batches
+
+
+@functools.cache  # once a worker process, not once a task
+def _tokenizer(name_or_path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    return load_tokenizer(name_or_path, trust_remote_code)
+
+
+def print_plan(job: GenerateJob, workers: WorkerRequest, tally: Tally) -> None:
+    """Tell what will be done, with what."""
+    config, device = job.config, "GPU" if workers.use_gpu else "CPU"
+    copies = "1 copy" if workers.num_workers == 1 else f"{workers.num_workers} copies"
+    layers = ", ".join(map(str, config.aux_layer_ids))
+    print(f"verifier      {config.verifier_name_or_path}, {config.verifier_dtype}, {copies} on {device}")
+    print(f"states        layers {layers} of {job.verifier.num_layers}, and the last before the final norm")
+    print(f"samples       {tally.num_missing:,} to generate, {tally.num_whole:,} there already", flush=True)
+
+
+def print_result(job: GenerateJob, tally: Tally, num_supervised: int) -> None:
+    """Tell what was done and what was left out."""
+    settings = job.settings
+    if tally.num_untrainable:
+        print(f"left out      {tally.num_untrainable:,} conversations without a supervised token")
+    if tally.num_cut:
+        print(f"cut           {tally.num_cut:,} samples at {settings.max_seq_len:,} tokens")
+    print(f"supervised    {int(tally.counts.sum()):,} tokens, {num_supervised:,} of them new")
+    print(f"wrote         {settings.output_path}")

@@ -5,6 +5,7 @@ mapping, checkpoints of another run.
 """
 
 import functools
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from eagle3_ray.data.index import SampleIndex, build_index, split_index
 from eagle3_ray.data.packing import BinSchedule, PackingPlan, plan_bins
 from eagle3_ray.data.pipeline import BinSource, bin_execution_options, build_bin_dataset
 from eagle3_ray.data.samples import SampleSpec
-from eagle3_ray.data.vocab import VocabMapping
+from eagle3_ray.data.vocab import VocabMapping, write_mapping
 from eagle3_ray.errors import CheckpointError, DataError
 from eagle3_ray.jobs.cluster import WorkerRequest, choose_workers, ray_session
 from eagle3_ray.jobs.failures import raise_cause
@@ -58,12 +59,12 @@ def run(settings: TrainSettings) -> None:
         job = decide_job(settings, verifier, workers, checkpoint, board.sender)
         if checkpoint is not None:
             check_same_run(checkpoint, job.identity)
-            print(f"going on from {checkpoint.path} (step {checkpoint.step} of {job.total_steps})", flush=True)
-        if checkpoint is None or checkpoint.step < job.total_steps:
+            print(f"going on from {checkpoint.path} (step {checkpoint.step} of {job.stop_step})", flush=True)
+        if checkpoint is None or checkpoint.step < job.stop_step:
             write_run_yaml(settings, settings.save_path / RUN_YAML)
             fit(job, workers)
     best = settings.save_path / BEST
-    print(f"done: {job.total_steps} steps; best draft {best} -> {best.resolve().name}")
+    print(f"done: {job.stop_step} steps; best draft {best} -> {best.resolve().name}")
 
 
 def with_absolute_paths(settings: TrainSettings) -> TrainSettings:
@@ -115,7 +116,7 @@ def decide_job(
         rms_norm_eps=verifier.rms_norm_eps,
     )
     index = build_index(str(settings.data_path), spec)
-    mapping = resolve_mapping(settings, verifier.vocab_size)
+    mapping = resolve_and_write_mapping(settings, verifier)
     train_index, validation_index = split_index(index, settings.train_frac, settings.seed)
     plan, validation_plan = plan_samples(train_index, settings), plan_samples(validation_index, settings)
     if not plan.bins:
@@ -142,7 +143,7 @@ def decide_job(
         validation_schedule=BinSchedule(len(validation_plan.bins), workers.num_workers, workers.num_workers, 1)
         if has_validation
         else None,
-        total_steps=min(schedule.total_steps, settings.max_steps or schedule.total_steps),
+        stop_step=min(schedule.total_steps, settings.max_steps or schedule.total_steps),
         identity=run_identity(settings, draft_config, mapping, plan, schedule),
         progress=progress,
     )
@@ -167,6 +168,36 @@ def resolve_aux_layer_ids(settings: TrainSettings, verifier: VerifierInfo) -> tu
     return ids
 
 
+def read_recorded_layer_ids(data_path: Path) -> tuple[int, ...] | None:
+    """Return the layers named by the data_config.json that `generate` leaves beside its samples, or None.
+
+    Raises:
+        DataError: The file is damaged, or numbers layers in another way.
+    """
+    path = data_path / "data_config.json"
+    try:
+        recorded = json.loads(path.read_text(encoding="utf-8"))
+        if "aux_layer_ids" not in recorded:
+            return None
+        numbering, ids = recorded["aux_layer_numbering"], tuple(int(i) for i in recorded["aux_layer_ids"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{path}: cannot be read ({error!r}). Name the layers with --aux-layer-ids elsewhere.") from error
+    if numbering != "serving":
+        raise DataError(f"{path}: numbers layers as {numbering!r}, expected 'serving' (id k is what enters layer k).")
+    return ids
+
+
+def resolve_and_write_mapping(settings: TrainSettings, verifier: VerifierInfo) -> VocabMapping:
+    """Return the vocabulary mapping; one that was computed is written to its paths if nothing lies there."""
+    mapping = resolve_mapping(settings, verifier.vocab_size)
+    if not settings.d2t_path.exists() and not settings.t2d_path.exists():
+        write_mapping(mapping, str(settings.d2t_path), str(settings.t2d_path))
+        print(f"draft vocabulary of {len(mapping.kept_ids):,} written to {settings.d2t_path} and {settings.t2d_path}")
+    return mapping
+
+
 def plan_samples(index: SampleIndex, settings: TrainSettings) -> PackingPlan:
     """Pack one part of the split."""
     return plan_bins(index.num_tokens, index.num_supervised, settings.total_seq_len, settings.seed)
@@ -187,7 +218,7 @@ def describe_data(index: SampleIndex, plan: PackingPlan, validation_plan: Packin
 
 def saved_bins_per_step(checkpoint: CommittedCheckpoint | None) -> int | None:
     """Return the bins per step a resumed run began with: it keeps them, whatever its number of workers is now."""
-    return None if checkpoint is None else int(checkpoint.record["identity"]["bins_per_step"])
+    return None if checkpoint is None else int(checkpoint.identity["bins_per_step"])
 
 
 def run_identity(
@@ -244,7 +275,7 @@ def build_train_stream(job: TrainJob) -> ray.data.Dataset:
     checkpoint = latest_committed(job.save_dir)
     start = 0 if checkpoint is None else checkpoint.step
     # A restart after the last checkpoint was committed has nothing left to read, but Ray wants a dataset.
-    end = max(job.total_steps, start + 1)
+    end = max(job.stop_step, start + 1)
     return build_bin_dataset(job.train_source, job.schedule, start, end, job.settings.pack_in)
 
 

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from eagle3_ray.data.vocab import VocabMapping
 from eagle3_ray.errors import CheckpointError
 from eagle3_ray.model.draft import Eagle3Draft
+from eagle3_ray.speculators_format import check_speculators_folder
 from eagle3_ray.training.run_folder import RECORD, STATE, write_atomically
 from eagle3_ray.training.sharding import gather_weights, trained_state
 
@@ -40,6 +41,7 @@ def write_checkpoint(
     weights = gather_weights(draft, torch.bfloat16)
     if dist.get_rank() == 0:
         write_servable_draft(folder, draft, weights, mapping)
+        check_speculators_folder(folder)
         write_atomically(folder / RECORD, json.dumps(record, indent=1, sort_keys=True) + "\n")
 
 

@@ -29,7 +29,7 @@ class TrainJob:
         validation_source: That of the validation samples, or None without any.
         schedule: Which rank computes which training bin when.
         validation_schedule: The same for one pass over the validation bins, or None.
-        total_steps: Optimizer updates after which the run is complete.
+        stop_step: Optimizer updates after which to stop; fewer than the schedule's if the user wants to pause there.
         identity: What a checkpoint must share with this run to be resumed from.
         progress: Where rank 0 tells how far it is.
     """
@@ -42,7 +42,7 @@ class TrainJob:
     validation_source: "ray.ObjectRef[BinSource] | None"
     schedule: BinSchedule
     validation_schedule: BinSchedule | None
-    total_steps: int
+    stop_step: int
     identity: Mapping[str, Any]
     progress: ProgressSender
 

@@ -1,5 +1,6 @@
 """The story of one rank: restore, stream, step, log, validate, save, report."""
 
+import contextlib
 import json
 import tempfile
 from collections.abc import Iterator
@@ -35,21 +36,21 @@ def run_rank(job: TrainJob) -> None:
     collective: the ranks take every branch alike; they differ only in the bins they hold.
     """
     rank = start_rank(job)
-    if rank.step == 0:
-        record_untrained(rank)
-    for item in iter_train_bins(rank):
-        update(rank, item)
-        is_last, is_epoch_end = rank.step == job.total_steps, rank.step % job.schedule.steps_per_epoch == 0
-        if is_last or is_epoch_end or is_due(rank.step, job.settings.log_every_steps):
-            log_progress(rank)
-        if is_last or is_epoch_end:
-            rank.metrics |= validate(rank)
-        if is_epoch_end:
-            save(rank, epoch_folder(rank.step // job.schedule.steps_per_epoch - 1))
-        elif is_last or is_due(rank.step, job.settings.checkpoint_every_steps):
-            save(rank, step_folder(rank.step))
-        rank.meter.restart_clock()
-    rank.loggers.close()
+    with contextlib.closing(rank.loggers):
+        if rank.step == 0:
+            record_untrained(rank)
+        for item in iter_train_bins(rank):
+            update(rank, item)
+            is_last, is_epoch_end = rank.step == job.stop_step, rank.step % job.schedule.steps_per_epoch == 0
+            if is_last or is_epoch_end or is_due(rank.step, job.settings.log_every_steps):
+                log_progress(rank)
+            if is_last or is_epoch_end:
+                rank.metrics |= validate(rank)
+            if is_epoch_end:
+                save(rank, epoch_folder(rank.step // job.schedule.steps_per_epoch - 1))
+            elif is_last or is_due(rank.step, job.settings.checkpoint_every_steps):
+                save(rank, step_folder(rank.step))
+            rank.meter.restart_clock()
 
 
 def is_due(step: int, every: int | None) -> bool:
@@ -64,7 +65,7 @@ def iter_train_bins(rank: Rank) -> Iterator[StepBins]:
         rank.train_source,
         rank.job.schedule,
         rank.number,
-        range(rank.step, rank.job.total_steps),
+        range(rank.step, rank.job.stop_step),
         rank.job.settings.pack_in,
         pin_memory=rank.settings.device.type == "cuda",
     )
@@ -78,8 +79,9 @@ def update(rank: Rank, item: StepBins) -> None:
     """
     assert item.step == rank.step
     job, settings = rank.job, rank.job.settings
-    num_warmup = warmup_steps(job.total_steps, settings.warmup_frac)
-    set_learning_rate(rank.optimizer, learning_rate(rank.step, job.total_steps, num_warmup, settings.lr))
+    total_steps = job.schedule.total_steps
+    num_warmup = warmup_steps(total_steps, settings.warmup_frac)
+    set_learning_rate(rank.optimizer, learning_rate(rank.step, total_steps, num_warmup, settings.lr))
     epoch = rank.step // job.schedule.steps_per_epoch
     try:
         sums, rank.grad_norm = train_step(

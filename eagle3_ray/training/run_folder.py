@@ -25,6 +25,7 @@ COMMITTED, RECORD, STATE, BEST, RUN_YAML = "COMMITTED", "run.json", "state", "be
 INITIAL_METRICS = "initial_metrics.json"
 BEST_METRIC = "val/expected_tokens"
 RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
+LOGGER_RUN_ID = "logger_run_id.txt"
 # Ray Train's own files in its run folder.
 RAY_FILES = (RAY_SNAPSHOT, ".validate_storage_marker")
 PARTS = {"config.json", "model.safetensors", STATE, RECORD, COMMITTED}
@@ -38,12 +39,14 @@ class CommittedCheckpoint:
     Attributes:
         path: Its folder.
         step: Optimizer updates done when it was saved.
-        record: Contents of its run.json.
+        metrics: Last logged and validated, by name.
+        identity: What a run must share to go on from it.
     """
 
     path: Path
     step: int
-    record: Mapping[str, Any]
+    metrics: Mapping[str, float]
+    identity: Mapping[str, Any]
 
 
 def epoch_folder(epoch: int) -> str:
@@ -102,8 +105,8 @@ def point_best(save_dir: Path) -> Path | None:
     committed = find_committed(save_dir)
     if not committed:
         return None
-    scored = [c for c in committed if BEST_METRIC in c.record["metrics"]]
-    best = max(scored, key=lambda c: c.record["metrics"][BEST_METRIC]) if scored else committed[-1]
+    scored = [c for c in committed if BEST_METRIC in c.metrics]
+    best = max(scored, key=lambda c: c.metrics[BEST_METRIC]) if scored else committed[-1]
     temporary = save_dir / f".{BEST}.tmp"
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(best.path.name)
@@ -117,7 +120,7 @@ def check_same_run(checkpoint: CommittedCheckpoint, identity: Mapping[str, Any])
     Raises:
         CheckpointError: Names everything that differs.
     """
-    saved = checkpoint.record["identity"]
+    saved = checkpoint.identity
     keys = sorted(set(saved) | set(identity))
     differing = [f"{key} was {saved.get(key)!r}, is {identity.get(key)!r}" for key in keys if saved.get(key) != identity.get(key)]
     if differing:
@@ -134,7 +137,7 @@ def remove_run(save_dir: Path) -> list[Path]:
         return []
     if (save_dir / BEST).is_symlink():
         (save_dir / BEST).unlink()
-    for name in (RUN_YAML, INITIAL_METRICS, *RAY_FILES):
+    for name in (RUN_YAML, INITIAL_METRICS, LOGGER_RUN_ID, *RAY_FILES):
         (save_dir / name).unlink(missing_ok=True)
     for path in save_dir.iterdir():
         if path.is_dir() and _NAME.fullmatch(path.name) and _is_ours(path):
@@ -176,9 +179,9 @@ def _open(path: Path) -> CommittedCheckpoint:
     if missing:
         raise CheckpointError(f"{path}: committed, but {', '.join(missing)} is gone. Restore it or move the folder away.")
     try:
-        step = json.loads((path / COMMITTED).read_text(encoding="utf-8"))["step"]
+        step = int(json.loads((path / COMMITTED).read_text(encoding="utf-8"))["step"])
         record = json.loads((path / RECORD).read_text(encoding="utf-8"))
-        return CommittedCheckpoint(path, int(step), {"metrics": record["metrics"], "identity": record["identity"], **record})
+        return CommittedCheckpoint(path, step, metrics=record["metrics"], identity=record["identity"])
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: {COMMITTED} or {RECORD} cannot be read ({error!r}). Move the folder away.") from error
 

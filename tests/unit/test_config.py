@@ -309,6 +309,7 @@ def test_an_empty_file_sets_nothing(tmp_path: Path) -> None:
     [
         ("epochs: 3\nepochs: 4\n", "sets epochs more than once"),
         ("max-steps: 3\nmax_steps: 4\n", "sets max_steps more than once"),
+        ("config: other.yaml\n", "sets config, but a file cannot name another file"),
         ("- epochs\n", "expected lines of the form `name: value`"),
         ("3: 4\n", "expected lines of the form `name: value`"),
         ("epochs: [3\n", "is not YAML"),

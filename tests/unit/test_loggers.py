@@ -73,7 +73,7 @@ def _read_wandb(log_dir: Path, run_dir: Path) -> list[Any]:
     The files are LevelDB logs: after 7 bytes, blocks of 32 KiB hold chunks of (crc, length, type, data); type
     1 is a whole record, 2, 3 and 4 are the first, a middle and the last part of one.
     """
-    from wandb.proto import wandb_internal_pb2
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]  # made at import
 
     records = []
     for path in sorted(
@@ -88,7 +88,7 @@ def _read_wandb(log_dir: Path, run_dir: Path) -> list[Any]:
             parts += content[position + 7 : position + 7 + length]
             position += 7 + length
             if kind in (1, 4):
-                record = wandb_internal_pb2.Record()
+                record = Record()
                 record.ParseFromString(parts)
                 records.append(record)
                 parts = b""
@@ -196,7 +196,7 @@ def test_a_metric_that_is_not_in_the_table_is_a_bug(tmp_path: Path) -> None:
 def test_a_missing_library_is_a_usage_error(
     name: str, module: str, log_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, module, None)  # type: ignore[arg-type]  # what importlib takes as "not there"
+    monkeypatch.setitem(sys.modules, module, None)  # what importlib takes as "not there"
     with pytest.raises(UsageError, match=f"--logger {name}: its library cannot be imported .*pip install {name}"):
         open_loggers((name,), log_dir, "run", "eagle3", {}, 0, tmp_path)
 

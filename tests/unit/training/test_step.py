@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from eagle3_ray.errors import NonFiniteError
+from eagle3_ray.model.layout import build_layout
 from eagle3_ray.training.optim import build_optimizer, learning_rate, set_learning_rate, warmup_steps
 from eagle3_ray.training.sharding import gather_weights
 from eagle3_ray.training.step import add_noise, eval_step, prepare_inputs, sum_over_ranks, train_step
@@ -35,21 +37,32 @@ def train_dealt_out(case: str, num_steps: int, noise_std: float) -> tuple[list[l
     return losses, gather_weights(draft, torch.float32)
 
 
-@pytest.mark.parametrize("case", ["one_layer", "two_layers"])
-@pytest.mark.parametrize("noise_std", [0.0, 0.05])
-def test_two_ranks_equal_one_rank_on_the_same_bins(case: str, noise_std: float, tmp_path: Path) -> None:
-    one_losses, one_weights = run_on_ranks(1, train_dealt_out, tmp_path, case, 3, noise_std)
-    two_losses, two_weights = run_on_ranks(2, train_dealt_out, tmp_path, case, 3, noise_std)
-    np.testing.assert_allclose(two_losses, one_losses, rtol=1e-5)  # float32, sums in another order
+CASES = [("one_layer", 0.0), ("one_layer", 0.05), ("two_layers", 0.05)]
+Results = dict[tuple[str, float], tuple[list[list[float]], dict[str, Tensor]]]
+
+
+def train_all_cases() -> Results:
+    return {(case, noise_std): train_dealt_out(case, 3, noise_std) for case, noise_std in CASES}
+
+
+@pytest.fixture(scope="module")
+def by_world_size(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Results]:
+    """Every case on one, two and three ranks: a process group each."""
+    return {size: run_on_ranks(size, train_all_cases, tmp_path_factory.mktemp("ranks")) for size in (1, 2, 3)}
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_ranks_that_share_the_bins_equal_one_rank(
+    case: tuple[str, float], world_size: int, by_world_size: dict[int, Results]
+) -> None:
+    """The third rank holds no samples: it must take part in every reduction and change nothing."""
+    one_losses, one_weights = by_world_size[1][case]
+    losses, weights = by_world_size[world_size][case]
+    np.testing.assert_allclose(losses, one_losses, rtol=1e-5)  # float32, sums in another order
     for name, weight in one_weights.items():
         # Adam divides by the gradient's own size: where that is near 0, rounding moves a weight by up to lr.
-        torch.testing.assert_close(two_weights[name], weight, rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
-
-
-def test_a_rank_without_samples_changes_nothing(tmp_path: Path) -> None:
-    two_losses, _ = run_on_ranks(2, train_dealt_out, tmp_path, "one_layer", 2, 0.05)
-    three_losses, _ = run_on_ranks(3, train_dealt_out, tmp_path, "one_layer", 2, 0.05)
-    np.testing.assert_allclose(three_losses, two_losses, rtol=1e-5)  # float32, sums in another order
+        torch.testing.assert_close(weights[name], weight, rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def train_golden(num_steps: int) -> list[float]:
@@ -64,10 +77,25 @@ def train_golden(num_steps: int) -> list[float]:
     return losses
 
 
-def test_twenty_steps_follow_the_golden_curve(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What one process finds out for the tests below."""
+    return run_on_ranks(1, find_out_alone, tmp_path_factory.mktemp("alone"))
+
+
+def find_out_alone() -> dict[str, Any]:
+    return {
+        "golden": train_golden(20),
+        "v1": losses_of_version(1),
+        "v0": losses_of_version(0),
+        "bad": weights_after_a_bad_bin(),
+    }
+
+
+def test_twenty_steps_follow_the_golden_curve(alone: dict[str, Any]) -> None:
     """Recorded once from this code; a change of data path, model, loss, optimizer or schedule shows here."""
     golden = json.loads(GOLDEN.read_text())
-    np.testing.assert_allclose(run_on_ranks(1, train_golden, tmp_path, 20), golden, rtol=1e-4)  # float32, other CPUs
+    np.testing.assert_allclose(alone["golden"], golden, rtol=1e-4)  # float32, other CPUs
     assert golden[-1] < 0.5 * golden[0]
 
 
@@ -79,9 +107,8 @@ def losses_of_version(version: int) -> list[float]:
     return (sums[0] / sums[1]).tolist()
 
 
-def test_v0_and_v1_of_the_same_samples_give_the_same_losses(tmp_path: Path) -> None:
-    v1, v0 = (run_on_ranks(1, losses_of_version, tmp_path, version) for version in (1, 0))
-    np.testing.assert_allclose(v0, v1, rtol=4e-3)  # v0's last state was rounded to bf16 after the norm, v1's before
+def test_v0_and_v1_of_the_same_samples_give_the_same_losses(alone: dict[str, Any]) -> None:
+    np.testing.assert_allclose(alone["v0"], alone["v1"], rtol=4e-3)  # v0's last state was rounded to bf16 after the norm, v1's before
 
 
 def weights_after_a_bad_bin() -> tuple[str, bool, float]:
@@ -101,14 +128,12 @@ def weights_after_a_bad_bin() -> tuple[str, bool, float]:
     return text, all(torch.equal(before[name], after[name]) for name in before), norm
 
 
-def test_a_gradient_that_is_not_finite_updates_nothing_and_leaves_no_trace(tmp_path: Path) -> None:
-    text, unchanged, next_norm = run_on_ranks(1, weights_after_a_bad_bin, tmp_path)
+def test_a_gradient_that_is_not_finite_updates_nothing_and_leaves_no_trace(alone: dict[str, Any]) -> None:
+    text, unchanged, next_norm = alone["bad"]
     assert "gradient norm is" in text and unchanged and math.isfinite(next_norm)
 
 
 def noisy_inputs(seed_epoch: int, bin_number: int) -> tuple[Tensor, Tensor, Tensor]:
-    from eagle3_ray.model.layout import build_layout
-
     packed = load_bins()[0]
     settings = step_settings(noise_std=0.05)
     layout = build_layout(packed.document_ids, packed.loss_mask, packed.num_tokens, 3)

@@ -1,0 +1,315 @@
+"""`train` through Ray: what a run leaves on disk, and that stopping, killing or resizing it leaves no seam."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from eagle3_ray.config import TrainSettings
+from eagle3_ray.data.vocab import read_mapping
+from eagle3_ray.errors import CheckpointError, ClusterError, SampleFormatError
+from eagle3_ray.jobs.train import run
+from tests.makers import write_samples
+
+PARITY = Path(__file__).parents[1] / "parity" / "small"
+LENGTHS = [40, 61, 33, 52, 70, 28, 45, 39, 64, 50, 36, 58]
+SHAPE = {"hidden_size": 64, "vocab_size": 320}
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+def make_settings(folder: Path, **changes: Any) -> TrainSettings:
+    """Ten samples to train on in five bins, two a step: three steps an epoch, two epochs."""
+    fields: dict[str, Any] = {
+        "verifier_name_or_path": str(PARITY / "verifier"),
+        "data_path": folder / "data",
+        "save_path": folder / "run",
+        "log_dir": folder / "logs",
+        "d2t_path": PARITY / "d2t.npy",
+        "t2d_path": PARITY / "t2d.npy",
+        "total_seq_len": 112,
+        "train_frac": 0.8,
+        "epochs": 2,
+        "lr": 1e-3,
+        "bins_per_step": 2,
+        "num_workers": 1,
+        "use_gpu": False,
+        "log_every_steps": 1,
+    }
+    return TrainSettings(**(fields | changes))
+
+
+def load_state(checkpoint: Path, tmp_path: Path) -> dict[str, torch.Tensor]:
+    """Everything of a checkpoint's full-precision state as one flat dict."""
+    whole = tmp_path / f"{checkpoint.parent.name}-{checkpoint.name}.pt"
+    dcp_to_torch_save(checkpoint / "state", whole)
+    flat: dict[str, torch.Tensor] = {}
+
+    def flatten(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, item in value.items():
+                flatten(f"{prefix}/{key}", item)
+        elif isinstance(value, torch.Tensor):
+            flat[prefix] = value
+
+    flatten("", torch.load(whole, weights_only=True))
+    return flat
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with samples and an uninterrupted run of two epochs."""
+    folder = tmp_path_factory.mktemp("straight")
+    write_samples(folder / "data", LENGTHS, **SHAPE)
+    run(make_settings(folder, logger="tensorboard"))
+    return folder
+
+
+@pytest.fixture
+def folder(straight: Path, tmp_path: Path) -> Path:
+    """A fresh folder with the same samples."""
+    shutil.copytree(straight / "data", tmp_path / "data")
+    return tmp_path
+
+
+def assert_same_run(found: Path, expected: Path, tmp_path: Path) -> None:
+    """The last checkpoints agree in every bit: weights, Adam's moments and steps, metrics."""
+    state, wanted = load_state(found / "run" / "1", tmp_path), load_state(expected / "run" / "1", tmp_path)
+    assert state.keys() == wanted.keys() and len(wanted) > 30
+    assert [name for name in wanted if not torch.equal(state[name], wanted[name])] == []
+    metrics, wanted_metrics = read_metrics(found / "run" / "1"), read_metrics(expected / "run" / "1")
+    validated = [name for name in wanted_metrics if name.startswith("val/")]
+    assert {name: metrics[name] for name in validated} == {name: wanted_metrics[name] for name in validated}
+
+
+def read_metrics(checkpoint: Path) -> dict[str, float]:
+    metrics: dict[str, float] = json.loads((checkpoint / "run.json").read_text())["metrics"]
+    return metrics
+
+
+def test_a_run_leaves_a_committed_checkpoint_an_epoch_and_best(straight: Path) -> None:
+    names = {path.name for path in (straight / "run").iterdir()}
+    assert {"0", "1", "best", "run.yaml", "initial_metrics.json"} <= names
+    for epoch in ("0", "1"):
+        parts = {path.name for path in (straight / "run" / epoch).iterdir()}
+        assert parts == {"config.json", "model.safetensors", "state", "run.json", "COMMITTED"}
+    assert json.loads((straight / "run" / "1" / "COMMITTED").read_text()) == {"step": 6}
+    untrained = json.loads((straight / "run" / "initial_metrics.json").read_text())
+    assert read_metrics(straight / "run" / "1")["val/loss"] < untrained["val/loss"]
+
+
+def test_the_servable_draft_has_exactly_the_tensors_a_server_expects(straight: Path) -> None:
+    tensors = load_file(straight / "run" / "1" / "model.safetensors")
+    recorded = load_file(PARITY / "drafts" / "one_layer" / "model.safetensors")
+    assert {name: tensor.shape for name, tensor in tensors.items()} == {n: t.shape for n, t in recorded.items()}
+    whole = {"d2t": torch.int64, "t2d": torch.bool}
+    assert {name: t.dtype for name, t in tensors.items()} == {name: whole.get(name, torch.bfloat16) for name in recorded}
+    verifier = load_file(PARITY / "verifier" / "model.safetensors")
+    assert torch.equal(tensors["embed_tokens.weight"], verifier["model.embed_tokens.weight"])
+    assert torch.equal(tensors["t2d"], load_file(PARITY / "drafts" / "one_layer" / "model.safetensors")["t2d"])
+
+
+def test_the_config_equals_the_recorded_one_but_for_names_and_dtype(straight: Path) -> None:
+    config = json.loads((straight / "run" / "1" / "config.json").read_text())
+    recorded = json.loads((PARITY / "drafts" / "one_layer" / "config.json").read_text())
+    for key in ("auto_map", "transformers_version"):
+        del recorded[key]  # about the code that wrote it
+    recorded["dtype"] = "bfloat16"
+    recorded["speculators_config"]["verifier"]["name_or_path"] = str(PARITY / "verifier")
+    assert config == recorded
+
+
+def test_norms_and_projections_have_moved_from_where_they_began(straight: Path, tmp_path: Path) -> None:
+    state = load_state(straight / "run" / "1", tmp_path)
+    norms = [tensor for name, tensor in state.items() if name.startswith("/model/") and "norm" in name]
+    assert len(norms) == 4
+    for norm in norms:
+        assert norm.dtype == torch.float32 and not torch.all(norm == 1) and (norm - 1).abs().max() < 0.1
+
+
+def test_a_paused_run_goes_on_in_mid_epoch_bit_for_bit(straight: Path, folder: Path, tmp_path: Path) -> None:
+    run(make_settings(folder, max_steps=4))
+    assert not (folder / "run" / "1").exists() and (folder / "run" / "step-000004" / "COMMITTED").exists()
+    # What a crash in a later save leaves: a higher number, parts missing.
+    (folder / "run" / "7").mkdir()
+    (folder / "run" / "7" / "config.json").write_text("{")
+    run(make_settings(folder))
+    assert_same_run(folder, straight, tmp_path)
+    assert (folder / "run" / "7").exists()
+
+
+def test_a_run_resumed_on_two_workers_keeps_its_trajectory(straight: Path, folder: Path, tmp_path: Path) -> None:
+    run(make_settings(folder, max_steps=2))
+    # Two workers and the bins per step it began with; a validation bin fewer than workers.
+    run(make_settings(folder, num_workers=2, bins_per_step=None))
+    state, wanted = load_state(folder / "run" / "1", tmp_path), load_state(straight / "run" / "1", tmp_path)
+    for name in (n for n in wanted if n.startswith("/model/")):
+        # float32 sums in another order; Adam turns the rounding of near-zero gradients into up to lr a step.
+        torch.testing.assert_close(state[name], wanted[name], rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+    found, expected = read_metrics(folder / "run" / "1"), read_metrics(straight / "run" / "1")
+    for name in ("val/loss", "val/accuracy_0", "val/loss_2"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-3), name
+
+
+def test_packing_in_tasks_gives_the_same_run(straight: Path, folder: Path, tmp_path: Path) -> None:
+    run(make_settings(folder, pack_in="task"))
+    assert_same_run(folder, straight, tmp_path)
+
+
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 120.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"timed out waiting for {what}"
+        time.sleep(0.05)
+
+
+def find_train_workers() -> list[int]:
+    """Process ids of Ray Train workers that descend from this process."""
+    parents, workers = {}, []
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            lines = dict(line.split(":\t", 1) for line in status.read_text().splitlines() if ":\t" in line)
+            title = (status.parent / "cmdline").read_bytes()
+        except OSError:
+            continue  # ended meanwhile
+        parents[int(lines["Pid"])] = int(lines["PPid"])
+        if b"RayTrainWorker" in title:
+            workers.append(int(lines["Pid"]))
+
+    def is_ours(pid: int) -> bool:
+        while pid in parents and pid != os.getpid():
+            pid = parents[pid]
+        return pid == os.getpid()
+
+    return [pid for pid in workers if is_ours(pid)]
+
+
+def test_a_killed_worker_is_restarted_from_the_last_checkpoint(straight: Path, folder: Path, tmp_path: Path) -> None:
+    failures: list[BaseException] = []
+
+    def train() -> None:
+        try:
+            run(make_settings(folder, max_failures=1, checkpoint_every_steps=1))
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    wait_until(lambda: (folder / "run" / "step-000001" / "COMMITTED").exists() or not thread.is_alive(), "a checkpoint")
+    workers = find_train_workers()
+    assert workers
+    for pid in workers:
+        os.kill(pid, signal.SIGKILL)
+    thread.join()
+    assert failures == []
+    assert_same_run(folder, straight, tmp_path)
+
+
+def test_a_killed_command_goes_on_when_it_is_typed_again(straight: Path, folder: Path, tmp_path: Path) -> None:
+    settings = make_settings(folder, checkpoint_every_steps=1)
+    config = folder / "settings.yaml"
+    config.write_text(json.dumps(settings.model_dump(mode="json", exclude={"config"})))
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "eagle3_ray", "train", "--config", str(config)],
+        start_new_session=True,
+        env=environment,
+        cwd=Path(__file__).parents[2],
+        stdout=subprocess.DEVNULL,
+    )
+    wait_until(lambda: (folder / "run" / "step-000002" / "COMMITTED").exists(), "a checkpoint")
+    os.killpg(process.pid, signal.SIGKILL)  # the driver, its Ray, and every worker
+    process.wait()
+    assert not (folder / "run" / "1").exists()
+    run(settings)
+    assert_same_run(folder, straight, tmp_path)
+
+
+def test_a_finished_run_that_is_started_again_changes_nothing(straight: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (straight / "run").rglob("*") if path.is_file()}
+    run(make_settings(straight))
+    assert {path: path.stat().st_mtime_ns for path in (straight / "run").rglob("*") if path.is_file()} == before
+
+
+def test_starting_over_removes_only_what_the_program_wrote(folder: Path) -> None:
+    save_dir = folder / "run"
+    (save_dir / "3").mkdir(parents=True)
+    (save_dir / "3" / "notes.txt").write_text("mine")
+    (save_dir / "0").mkdir()
+    (save_dir / "0" / "model.safetensors").write_text("ours, half-written")
+    (save_dir / "thesis.tex").write_text("mine")
+    run(make_settings(folder, resume_from_checkpoint=False, epochs=1, max_steps=1))
+    assert (save_dir / "3" / "notes.txt").read_text() == "mine" and (save_dir / "thesis.tex").read_text() == "mine"
+    assert not (save_dir / "0").exists() and (save_dir / "step-000001" / "COMMITTED").exists()
+
+
+def test_a_mapping_that_is_absent_is_computed_and_written_before_training(folder: Path) -> None:
+    paths = {"d2t_path": folder / "d2t.npy", "t2d_path": folder / "t2d.npy"}
+    run(make_settings(folder, draft_vocab_size=50, epochs=1, max_steps=1, **paths))
+    mapping = read_mapping(str(paths["d2t_path"]), str(paths["t2d_path"]), 320, 50)
+    tensors = load_file(folder / "run" / "step-000001" / "model.safetensors")
+    assert torch.equal(tensors["d2t"], mapping.draft_to_verifier_offset)
+    assert torch.equal(tensors["t2d"], mapping.in_draft_vocab)
+    assert tensors["lm_head.weight"].shape == (50, 64)
+
+
+def test_a_sample_with_nan_ends_the_run_by_name(folder: Path) -> None:
+    for path in sorted((folder / "data").glob("*.pt")):
+        content = torch.load(path, weights_only=True)
+        content["hidden_states"][1][17, 3] = torch.nan  # between the positions that the index looks at
+        torch.save(content, path)
+    with pytest.raises(SampleFormatError, match=r"data_\d+\.pt: auxiliary state 1 has NaN or Inf.*token 17") as caught:
+        run(make_settings(folder))
+    assert caught.value.exit_code == 3
+
+
+def test_more_workers_than_the_cluster_holds_is_refused_at_once(folder: Path) -> None:
+    with pytest.raises(ClusterError, match="9 workers need .* the cluster has 4 CPUs") as caught:
+        run(make_settings(folder, num_workers=9))
+    assert caught.value.exit_code == 5
+    with pytest.raises(ClusterError, match="0 GPUs"):
+        run(make_settings(folder, use_gpu=True))
+
+
+def test_a_checkpoint_of_another_run_is_refused_and_kept(straight: Path) -> None:
+    before = (straight / "run" / "1" / "COMMITTED").stat().st_mtime_ns
+    with pytest.raises(CheckpointError, match="seed was 0, is 5") as caught:
+        run(make_settings(straight, seed=5))
+    assert caught.value.exit_code == 4
+    assert (straight / "run" / "1" / "COMMITTED").stat().st_mtime_ns == before
+
+
+def test_a_checkpoint_whose_state_was_cut_short_is_refused(straight: Path, folder: Path) -> None:
+    shutil.copytree(straight / "run", folder / "run", symlinks=True)
+    shutil.rmtree(folder / "run" / "1")
+    shard = next((folder / "run" / "0" / "state").glob("*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=r"run/0: its state cannot be restored") as caught:
+        run(make_settings(folder))
+    assert caught.value.exit_code == 4
+
+
+def test_metrics_of_every_step_are_logged_once_and_in_order(straight: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (events,) = (straight / "logs").rglob("events.out.tfevents.*")
+    accumulator = EventAccumulator(str(events.parent))
+    accumulator.Reload()
+    tags = set(accumulator.Tags()["scalars"])
+    assert {"train/loss", "train/lr", "train/grad_norm", "train/tokens_per_s", "val/loss_0", "val/accuracy_2"} <= tags
+    assert [event.step for event in accumulator.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in accumulator.Scalars("val/loss")] == [0, 3, 6]
+    rates = [event.value for event in accumulator.Scalars("train/lr")]
+    assert rates == pytest.approx([1e-3 * share for share in (1, 5 / 5, 4 / 5, 3 / 5, 2 / 5, 1 / 5)], rel=1e-6)
