@@ -138,16 +138,15 @@ def check_finite(sample: Sample) -> None:
     """
     states = (*sample.aux_states, sample.last_state)
     for number, state in enumerate(states):
-        # One pass without a temporary: a sum is finite only if all terms are, or it overflowed (then look closer).
-        if torch.isfinite(state.sum(dtype=torch.float32)):
+        # Smallest and largest value carry every NaN and Inf; isfinite on all of it would take fifty times as long.
+        if bool(torch.isfinite(torch.stack(state.aminmax())).all()):
             continue
         bad = ~torch.isfinite(state).all(dim=1)
-        if bool(bad.any()):
-            name = "the last hidden state" if number == len(states) - 1 else f"auxiliary state {number}"
-            raise SampleFormatError(
-                f"{sample.path}: {name} has NaN or Inf at {int(bad.sum())} of {len(bad)} tokens, first at token "
-                f"{int(bad.int().argmax())}; all states must be finite. Regenerate the file or move it away."
-            )
+        name = "the last hidden state" if number == len(states) - 1 else f"auxiliary state {number}"
+        raise SampleFormatError(
+            f"{sample.path}: {name} has NaN or Inf at {int(bad.sum())} of {len(bad)} tokens, first at token "
+            f"{int(bad.int().argmax())}; all states must be finite. Regenerate the file or move it away."
+        )
 
 
 def is_normed(last_state: Tensor, weight: Tensor) -> bool:

@@ -134,8 +134,6 @@ class CapturingVerifier:
 
     def _make_hook(self, layer_id: int) -> Callable[..., None]:
         def keep_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if layer_id in self._captured:
-                raise VerifierError(f"{self._name}: module {layer_id} ran twice in one pass; its input is ambiguous.")
             self._captured[layer_id] = args[0] if args else kwargs["hidden_states"]
 
         return keep_input

@@ -92,7 +92,7 @@ def _check_reachable(address: str) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
+    return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
 
 
 def cluster_resources() -> dict[str, float]:
@@ -144,7 +144,7 @@ def check_workers_fit(num_workers: int, use_gpu: bool, cpus_per_worker: int) -> 
         advice.append("--no-use-gpu")
     pass_flags = f"Pass {' or '.join(advice)}, or add" if advice else "Add"
     raise ClusterError(
-        f"{_counted(num_workers, 'worker')} need {asked}; the cluster has {_counted(num_cpus, 'CPU')} and "
+        f"{_counted(num_workers, 'worker')} would take {asked}; the cluster has {_counted(num_cpus, 'CPU')} and "
         f"{_counted(num_gpus, 'GPU')} on {_counted(len(nodes), 'node')}. {pass_flags} nodes to the cluster."
     )
 

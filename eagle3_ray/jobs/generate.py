@@ -23,6 +23,7 @@ import ray.data
 import torch
 from ray.exceptions import RayError, RayTaskError
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from eagle3_ray import __version__
 from eagle3_ray.config import GenerateSettings
@@ -213,6 +214,7 @@ class VerifierActor:
     @functools.cached_property
     def _verifier(self) -> CapturingVerifier:
         torch.set_num_threads(self._job.threads_per_worker)
+        disable_progress_bar()  # of transformers: Ray would print each actor's on the driver
         job = self._job
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[job.config.verifier_dtype]
         return load_verifier(job.verifier, job.config.aux_layer_ids, job.device, dtype, job.settings.trust_remote_code)

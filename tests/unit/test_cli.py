@@ -73,7 +73,9 @@ def test_help_lists_each_verb_with_one_line(capsys: pytest.CaptureFixture[str]) 
     assert main(["--help"]) == 0
     lines = capsys.readouterr().out.split("\n")
     for verb, settings_class in VERBS.items():
-        assert [line.split(maxsplit=1)[1] for line in lines if line.startswith(f"  {verb} ")] == [settings_class.__doc__]
+        assert [line.split(maxsplit=1)[1] for line in lines if line.startswith(f"  {verb} ")] == [
+            settings_class.__doc__
+        ]
 
 
 def test_no_verb_lists_the_verbs_and_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
@@ -186,7 +188,10 @@ def test_all_mistakes_are_told_at_once_in_the_order_of_help() -> None:
         (["--warmup-frac", "1"], "--warmup-frac 1: must be less than 1.0"),
         (["--data-format-version", "3"], "--data-format-version 3: must be 0 or 1"),
         (["--aux-layer-ids", "5", "2"], "--aux-layer-ids 5 2: must rise from one layer to the next, none twice"),
-        (["--logger", "mlflow"], "--logger mlflow: no logger is called mlflow; choose from tensorboard, wandb, trackio"),
+        (
+            ["--logger", "mlflow"],
+            "--logger mlflow: no logger is called mlflow; choose from tensorboard, wandb, trackio",
+        ),
         (["--run-name", ""], "--run-name '': must not be empty"),
         (["--norm-before-fc", "--fc-norm"], "--norm-before-fc and --fc-norm exclude each other: choose one"),
     ],
@@ -323,7 +328,9 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
 
 
 IMPORTED_AFTER = """
@@ -341,7 +348,12 @@ print(json.dumps([code, sorted(heavy), jobs]))
 
 @pytest.mark.parametrize(
     ("arguments", "code"),
-    [(["--help"], 0), *[([verb, "--help"], 0) for verb in VERBS], (["train", "--epochs", "0"], 2), (["train", "-x"], 2)],
+    [
+        (["--help"], 0),
+        *[([verb, "--help"], 0) for verb in VERBS],
+        (["train", "--epochs", "0"], 2),
+        (["train", "-x"], 2),
+    ],
 )
 def test_help_and_mistakes_import_neither_torch_nor_ray_nor_a_job(arguments: list[str], code: int) -> None:
     process = run_python("-c", IMPORTED_AFTER, json.dumps(arguments))
@@ -349,7 +361,7 @@ def test_help_and_mistakes_import_neither_torch_nor_ray_nor_a_job(arguments: lis
 
 
 def test_help_answers_at_once() -> None:
-    # Half a second is the promise; the bound here leaves room for a busy machine, and the best of three for a cold disk.
+    # Half a second is the promise; the bound leaves room for a busy machine, the best of three for a cold disk.
     times_s = []
     for _ in range(3):
         start = time.perf_counter()

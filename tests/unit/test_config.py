@@ -149,7 +149,14 @@ def test_a_truth_value_is_no_number(field: str) -> None:
 
 def test_text_is_read_as_the_field_needs_it() -> None:
     train = TrainSettings.model_validate(
-        {**TRAIN, "lr": "1e-5", "epochs": "3", "data_format_version": "0", "aux_layer_ids": ["2", "4"], "max_steps": None}
+        {
+            **TRAIN,
+            "lr": "1e-5",
+            "epochs": "3",
+            "data_format_version": "0",
+            "aux_layer_ids": ["2", "4"],
+            "max_steps": None,
+        }
     )
     assert (train.lr, train.epochs, train.data_format_version, train.aux_layer_ids) == (1e-5, 3, 0, (2, 4))
 
@@ -327,8 +334,8 @@ def test_a_file_that_is_no_list_of_settings_is_refused(text: str, told: str, tmp
 
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="nowhere.yaml: cannot be read \\(No such file or directory\\)"):
+    with pytest.raises(UsageError, match=r"nowhere\.yaml: cannot be read \(No such file or directory\)"):
         read_settings_file(tmp_path / "nowhere.yaml")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UsageError, match="binary.yaml: is not YAML"):
+    with pytest.raises(UsageError, match=r"binary\.yaml: is not YAML"):
         read_settings_file(tmp_path / "binary.yaml")

@@ -2,14 +2,22 @@
 
 import pickle
 import random
-import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from eagle3_ray.data.samples import NotASample, check_finite, inspect_sample, inspect_tokens, is_normed, read_sample
+from eagle3_ray.data.samples import (
+    NotASample,
+    Sample,
+    check_finite,
+    inspect_sample,
+    inspect_tokens,
+    is_normed,
+    read_sample,
+)
 from eagle3_ray.errors import DataError, SampleFormatError
 from tests.makers import (
     BAD_FILES,
@@ -26,7 +34,7 @@ from tests.makers import (
 torch.set_num_threads(1)
 
 
-def _error_of(path: Path, **changes: object) -> SampleFormatError:
+def _error_of(path: Path, **changes: Any) -> SampleFormatError:
     with pytest.raises(SampleFormatError) as info:
         read_sample(str(path), make_spec(**changes))
     return info.value
@@ -235,13 +243,20 @@ def test_a_value_that_is_not_finite_is_found_wherever_it_is(
     )
 
 
-def test_finite_values_whose_sum_overflows_are_accepted(tmp_path: Path) -> None:
-    content = make_content()
-    content["hidden_states"][0][:] = 3e38
-    torch.save(content, tmp_path / "a.pt")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        check_finite(read_sample(str(tmp_path / "a.pt"), make_spec()))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_no_place_hides_a_value_that_is_not_finite(dtype: torch.dtype) -> None:
+    # 3 x 43 values: full vectors and a tail, in whatever width the reduction works.
+    largest = torch.finfo(dtype).max
+    for place in range(3 * 43):
+        for value in (float("nan"), float("inf"), float("-inf"), largest, -largest):
+            state = torch.full((3, 43), largest, dtype=dtype)
+            state.view(-1)[place] = value
+            sample = Sample("a.pt", torch.zeros(3, dtype=torch.int64), torch.ones(3, dtype=torch.bool), (), state)
+            if abs(value) == largest:
+                check_finite(sample)
+            else:
+                with pytest.raises(SampleFormatError, match=f"the last hidden state .* first at token {place // 43};"):
+                    check_finite(sample)
 
 
 # ------------------------------------------------------------------------------------- counting

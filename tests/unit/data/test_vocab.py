@@ -3,6 +3,7 @@
 import pickle
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -197,11 +198,11 @@ def test_failed_write_leaves_the_old_files_whole(tmp_path: Path, monkeypatch: py
     before = [Path(path).read_bytes() for path in paths]
     save, calls = np.save, []
 
-    def save_until_the_disk_is_full(file: object, array: object) -> None:
+    def save_until_the_disk_is_full(file: Any, array: Any) -> None:
         calls.append(array)
         if len(calls) == 2:
             raise OSError(28, "No space left on device")
-        save(file, array)  # type: ignore[call-overload]
+        save(file, array)
 
     monkeypatch.setattr(vocab_module.np, "save", save_until_the_disk_is_full)
     text = _error_of(write_mapping, choose_vocab(COUNTS, 4), *paths)

@@ -1,0 +1,137 @@
+"""Tokens a second and peak memory of the training step on this machine, as a share of its matrix-multiply rate.
+
+    python -m tests.benchmarks.step [--hidden 1024 --steps 3 --dtype fp32 ...]
+
+The operations counted are those the computation needs (FACTS of EAGLE-3: step-0 keys and values of every token, all
+else of supervised rows alone), so a share of 1 would be perfect. Needs no Ray. Prints one JSON object.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+
+import torch
+import torch.distributed as dist
+from transformers import LlamaConfig
+
+from eagle3_ray.data.batch import PackedBin
+from eagle3_ray.model.config import DraftConfig
+from eagle3_ray.model.draft import Eagle3Draft
+from eagle3_ray.model.loss import TargetHead
+from eagle3_ray.training.meter import peak_memory_bytes
+from eagle3_ray.training.optim import build_optimizer, set_learning_rate
+from eagle3_ray.training.sharding import build_sharded_draft
+from eagle3_ray.training.step import StepSettings, train_step
+
+
+def read_arguments() -> argparse.Namespace:
+    """The shape to time; the defaults fit a 2-core CPU."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in {
+        "hidden": 1024, "intermediate": 2816, "heads": 16, "kv-heads": 4, "vocab": 16000, "draft-vocab": 8000,
+        "tokens": 2048, "documents": 4, "steps": 3, "repeats": 3,
+    }.items():  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--supervised", type=float, default=0.5, help="share of each document's tail, 0..1")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
+    return parser.parse_args()
+
+
+def make_config(arguments: argparse.Namespace) -> DraftConfig:
+    """A one-layer draft of the shape asked for."""
+    layer = LlamaConfig(
+        vocab_size=arguments.vocab,
+        hidden_size=arguments.hidden,
+        intermediate_size=arguments.intermediate,
+        num_hidden_layers=1,
+        num_attention_heads=arguments.heads,
+        num_key_value_heads=arguments.kv_heads,
+        head_dim=arguments.hidden // arguments.heads,
+        rope_parameters={"rope_type": "default", "rope_theta": 5e5},
+    )
+    return DraftConfig(layer, arguments.draft_vocab, (2, 4, 5), arguments.steps, True, False, False, False, "", ())
+
+
+def make_bin(arguments: argparse.Namespace) -> PackedBin:
+    """Documents of equal length, supervised at their ends."""
+    num_tokens, length = arguments.tokens, arguments.tokens // arguments.documents
+    index = torch.arange(num_tokens)
+    states = torch.randn(num_tokens, 4 * arguments.hidden, generator=torch.Generator().manual_seed(0)).bfloat16()
+    return PackedBin(
+        number=0,
+        row=0,
+        num_tokens=num_tokens,
+        input_ids=torch.randint(arguments.vocab, (num_tokens,), generator=torch.Generator().manual_seed(1)),
+        aux_states=states[:, arguments.hidden :].contiguous(),
+        last_state=states[:, : arguments.hidden].contiguous(),
+        loss_mask=index % length >= length * (1 - arguments.supervised),
+        document_ids=index // length,
+        position_ids=index % length + 1,
+    )
+
+
+def needed_flop(arguments: argparse.Namespace) -> float:
+    """Floating-point operations of one step's matrix products, forward and backward, that cannot be left out."""
+    a, head_dim = arguments, arguments.hidden // arguments.heads
+    rows = int(a.tokens * a.supervised)
+    keys = 2 * a.kv_heads * head_dim
+    shared = 3 * a.hidden * a.hidden + 2 * a.hidden * keys  # fc, and step-0 keys and values
+    of_row = 2 * a.hidden * a.hidden + a.hidden * a.hidden + 3 * a.hidden * a.intermediate + a.hidden * a.draft_vocab
+    attention = 2 * a.hidden * (a.tokens / a.documents) / 2
+    forward = 2 * (a.tokens * shared + rows * a.steps * (of_row + attention) + rows * (a.steps - 1) * 2 * a.hidden * keys)
+    return 3 * forward + 2 * rows * a.hidden * a.draft_vocab  # the target's logits are never differentiated
+
+
+def matmul_flop_per_s(dtype: torch.dtype, device: torch.device, size: int = 2048) -> float:
+    """The machine's own rate for a product of two squares, best of five."""
+    x = torch.randn(size, size, dtype=dtype, device=device)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        _ = (x @ x).sum().item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def time_steps(draft: Eagle3Draft, head: TargetHead, packed: PackedBin, settings: StepSettings, repeats: int) -> float:
+    """Seconds of the fastest of some steps, after one that is not counted."""
+    optimizer = build_optimizer(draft.parameters(), 0.0, settings.device)
+    set_learning_rate(optimizer, 1e-4)
+    best = float("inf")
+    for repeat in range(repeats + 1):
+        start = time.perf_counter()
+        train_step(draft, optimizer, head, [packed], 0, settings)
+        best = min(best, time.perf_counter() - start) if repeat else best
+    return best
+
+
+def main() -> None:
+    """Time it and print what was seen."""
+    arguments = read_arguments()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.float32 if arguments.dtype == "fp32" else torch.bfloat16
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", init_method=f"file://{folder}/s", rank=0, world_size=1)
+        config = make_config(arguments)
+        torch.manual_seed(0)
+        draft = build_sharded_draft(config, dict(Eagle3Draft(config).state_dict()), device, dtype)
+        head_weight = torch.randn(arguments.draft_vocab, arguments.hidden).mul_(0.02).to(device, dtype)
+        head = TargetHead(head_weight, torch.ones(arguments.hidden, device=device, dtype=dtype), 1e-6)
+        settings = StepSettings(arguments.steps, 1.0, 0.05, 0, 1.0, device, dtype)
+        seconds = time_steps(draft, head, make_bin(arguments), settings, arguments.repeats)
+        dist.destroy_process_group()
+    rate = matmul_flop_per_s(dtype, device)
+    result = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu x{torch.get_num_threads()}",
+        **vars(arguments),
+        "tokens_per_s": round(arguments.tokens / seconds, 1),
+        "share_of_matmul_rate": round(needed_flop(arguments) / seconds / rate, 3),
+        "matmul_gflop_per_s": round(rate / 1e9, 1),
+        "peak_memory_gib": round(peak_memory_bytes(device) / 2**30, 2),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""What only a GPU can show: FlexAttention's gradients, parity on CUDA, FSDP with bf16 compute. Needs no Ray."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from eagle3_ray.model.attention import build_document_attention, merge_diagonals
+from eagle3_ray.model.draft import Eagle3Draft
+from eagle3_ray.model.layout import build_layout
+from eagle3_ray.model.loss import TargetHead
+from eagle3_ray.training.optim import build_optimizer, set_learning_rate
+from eagle3_ray.training.sharding import build_sharded_draft
+from eagle3_ray.training.step import StepSettings, add_noise, prepare_inputs, train_step
+from tests.unit.training.world import PARITY, load_bins, load_config, load_target_head, load_weights
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+
+EXPECTED = json.loads((PARITY / "expected.json").read_text())["cases"]
+
+
+def attend(device: str, dtype: torch.dtype) -> list[Tensor]:
+    """Output and gradients of two later steps over documents that fit no attention block."""
+    documents, num_tokens = ((0, 300), (300, 301), (301, 777)), 777
+    rows = torch.arange(num_tokens)[torch.rand(num_tokens, generator=torch.Generator().manual_seed(0)) < 0.6]
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(len(rows), 8, 64), *[(num_tokens, 2, 64)] * 2, *[(len(rows), 2, 64)] * 4]
+    inputs = [
+        torch.randn(shape, generator=generator).to(dtype).to(device).requires_grad_() for shape in shapes
+    ]
+    queries, keys, values, k1, v1, k2, v2 = inputs
+    output, log_sum_exp = build_document_attention(documents, rows, num_tokens, torch.device(device))(queries, keys, values)
+    merged = merge_diagonals(output, log_sum_exp, queries, [(k1, v1), (k2, v2)])
+    weight = torch.randn(merged.shape, generator=generator).to(dtype).to(device)
+    grads = torch.autograd.grad((merged * weight).sum(), inputs)
+    return [tensor.detach().float().cpu() for tensor in (merged, *grads)]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-3), (torch.bfloat16, 3e-2)])  # TF32; bf16
+def test_flex_attention_and_its_gradients_equal_the_cpu_implementation(dtype: torch.dtype, tolerance: float) -> None:
+    for found, expected in zip(attend("cuda", dtype), attend("cpu", dtype), strict=True):
+        assert (found - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.fixture(scope="module")
+def process_group(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    store = tmp_path_factory.mktemp("nccl") / "store"
+    dist.init_process_group("cpu:gloo,cuda:nccl", init_method=f"file://{store}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def train(case: str, compute_dtype: torch.dtype, num_steps: int) -> tuple[Eagle3Draft, list[list[float]]]:
+    device = torch.device("cuda")
+    draft = build_sharded_draft(load_config(case), load_weights(case), device, compute_dtype)
+    optimizer = build_optimizer(draft.parameters(), 0.01, device)
+    on_cpu = load_target_head()
+    assert on_cpu.norm_weight is not None
+    head = TargetHead(on_cpu.weight.to(device, compute_dtype), on_cpu.norm_weight.to(device, compute_dtype), on_cpu.eps)
+    spec = EXPECTED[case]["case"]
+    settings = StepSettings(spec["ttt_steps"], spec["decay"], 0.0, 0, 1.0, device, compute_dtype)
+    found = []
+    for _ in range(num_steps):
+        set_learning_rate(optimizer, 1e-3)
+        sums, grad_norm = train_step(draft, optimizer, head, load_bins(), 0, settings)
+        decay = spec["decay"] ** torch.arange(spec["ttt_steps"], dtype=torch.float64)
+        found.append([float((sums[0] / sums[1]).cpu() @ decay), grad_norm])
+    return draft, found
+
+
+@pytest.mark.parametrize("case", sorted(EXPECTED))
+@pytest.mark.parametrize(("compute_dtype", "tolerance"), [(torch.float32, 2e-3), (torch.bfloat16, 2e-2)])
+def test_five_steps_on_cuda_follow_the_recorded_ones(
+    case: str, compute_dtype: torch.dtype, tolerance: float, process_group: None
+) -> None:
+    _, found = train(case, compute_dtype, 5)
+    expected = torch.tensor(EXPECTED[case]["adamw_5_steps_loss_gradnorm"], dtype=torch.float64)
+    torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), expected, rtol=tolerance, atol=0)
+
+
+def test_masters_stay_fp32_under_bf16_compute_and_norms_move(process_group: None) -> None:
+    draft, _ = train("one_layer", torch.bfloat16, 3)
+    for name, parameter in draft.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.dtype == torch.float32, name
+    assert not torch.all(draft.norm.weight.full_tensor() == 1)  # type: ignore[operator]
+
+
+def test_noise_on_cuda_is_a_function_of_seed_epoch_and_bin(process_group: None) -> None:
+    packed = load_bins()[0]
+    settings = StepSettings(3, 1.0, 0.05, 0, 1.0, torch.device("cuda"), torch.bfloat16)
+    layout = build_layout(packed.document_ids, packed.loss_mask, packed.num_tokens, 3)
+    clean = prepare_inputs(packed, layout, settings)
+    assert torch.equal(add_noise(clean, 1, 4, settings).aux_states, add_noise(clean, 1, 4, settings).aux_states)
+    assert not torch.equal(add_noise(clean, 1, 4, settings).aux_states, add_noise(clean, 1, 5, settings).aux_states)

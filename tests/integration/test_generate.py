@@ -1,0 +1,213 @@
+"""`generate` from end to end: real Ray, a real verifier folder, files compared with plain forward passes."""
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from eagle3_ray.config import GenerateSettings
+from eagle3_ray.data.samples import Sample, SampleSpec, read_sample
+from eagle3_ray.errors import ClusterError, DataError, Eagle3RayError, VerifierError
+from eagle3_ray.generation.output_folder import read_data_config
+from eagle3_ray.jobs import generate
+from eagle3_ray.model.verifier import load_final_norm, read_verifier_config
+from tests.unit.generation.world import VOCAB_SIZE, make_tokenizer, write_verifier
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+NUM_LINES = 24
+BLANK_LINE, UNTRAINABLE_LINE, TEXT_LINE = 5, 9, 12  # counted from 1
+MAX_SEQ_LEN = 60
+HIDDEN_SIZE = 32
+
+
+def make_line(number: int) -> str:
+    if number == BLANK_LINE:
+        return ""
+    if number == UNTRAINABLE_LINE:
+        return json.dumps({"messages": [{"role": "user", "content": "Hello?"}]})
+    if number == TEXT_LINE:
+        return json.dumps({"text": "Hello there, how are you today? " * 2})
+    words = "I am fine, thank you. " * (1 + 7 * number % 5)
+    turns = [{"from": "human", "value": f"Why {number}?"}, {"from": "gpt", "value": words.strip()}]
+    return json.dumps({"conversations": turns * (1 + number % 2)})
+
+
+class World:
+    """A verifier, conversations and settings in a folder of their own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.verifier_path, self.conversations_path = folder / "verifier", folder / "c.jsonl"
+        self.output_path = folder / "data"
+        self.model: LlamaForCausalLM = write_verifier(self.verifier_path)
+        self.conversations_path.write_text("\n".join(make_line(number) for number in range(1, NUM_LINES + 1)))
+
+    def run(self, **changes: Any) -> None:
+        settings: dict[str, Any] = {
+            "verifier_name_or_path": str(self.verifier_path),
+            "conversations_path": self.conversations_path,
+            "output_path": self.output_path,
+            "max_seq_len": MAX_SEQ_LEN,
+            "batch_tokens": 150,
+            "num_workers": 2,
+        }
+        generate.run(GenerateSettings(**(settings | changes)))
+
+    def read(self, number: int) -> Sample:
+        spec = SampleSpec(1, HIDDEN_SIZE, 3, VOCAB_SIZE, load_final_norm(read_verifier_config(str(self.verifier_path))), 1e-6)
+        return read_sample(str(self.output_path / f"data_{number}.pt"), spec)
+
+    def times(self) -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in self.output_path.glob("data_*.pt")}
+
+    def files(self) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in self.output_path.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> World:
+    """Generated once; tests leave it as they find it."""
+    world = World(tmp_path_factory.mktemp("world"))
+    world.run()
+    return world
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> World:
+    """Of a test's own, not generated yet."""
+    return World(tmp_path)
+
+
+def trainable() -> list[int]:
+    return [number - 1 for number in range(1, NUM_LINES + 1) if number not in (BLANK_LINE, UNTRAINABLE_LINE)]
+
+
+def test_every_trainable_line_has_the_file_of_its_number_and_nothing_is_left_over(world: World) -> None:
+    expected = {f"data_{number}.pt" for number in trainable()} | {"token_freq.pt", "data_config.json"}
+    assert {path.name for path in world.output_path.iterdir()} == expected
+
+
+@torch.no_grad()
+def test_samples_hold_what_plain_forward_passes_compute(world: World) -> None:
+    decoder = world.model.model
+    for number in trainable():
+        sample = world.read(number)  # refuses normed last states, wrong shapes and keys
+        hidden_states = decoder(sample.input_ids[None], output_hidden_states=True).hidden_states
+        norm, decoder.norm = decoder.norm, torch.nn.Identity()  # type: ignore[assignment]
+        last_state = decoder(sample.input_ids[None]).last_hidden_state
+        decoder.norm = norm
+        # Default layers of 7: 2, n//2, n-3. Stored in bf16: half a unit in the last place, and ties that tip over.
+        for state, other in zip(
+            (*sample.aux_states, sample.last_state), (*(hidden_states[k] for k in (2, 3, 4)), last_state), strict=True
+        ):
+            assert state.dtype == torch.bfloat16
+            torch.testing.assert_close(state.float(), other[0], rtol=2**-8, atol=1e-4)
+
+
+def test_ids_are_those_of_the_chat_template_cut_at_the_limit(world: World) -> None:
+    lengths = []
+    for number in trainable():
+        record, tokenizer = json.loads(make_line(number + 1)), make_tokenizer()
+        if "text" in record:
+            ids: Any = tokenizer(record["text"])["input_ids"]
+        else:
+            roles = {"human": "user", "gpt": "assistant"}
+            messages = [{"role": roles[t["from"]], "content": t["value"]} for t in record["conversations"]]
+            tokens: Any = tokenizer.apply_chat_template(messages, return_dict=True)
+            ids = tokens["input_ids"]
+        lengths.append(len(ids))
+        assert world.read(number).input_ids.tolist() == ids[:MAX_SEQ_LEN]
+    assert max(lengths) > MAX_SEQ_LEN > min(lengths)
+
+
+def test_token_frequencies_count_the_supervised_tokens_of_all_files(world: World) -> None:
+    expected: Counter[int] = Counter()
+    for number in trainable():
+        sample = world.read(number)
+        expected.update(sample.input_ids[sample.loss_mask].tolist())
+    assert torch.load(world.output_path / "token_freq.pt", weights_only=True) == expected
+
+
+def test_file_sizes_are_those_of_their_own_tensors(world: World) -> None:
+    for number in trainable():
+        num_tokens = len(world.read(number).input_ids)
+        num_bytes = num_tokens * (4 * HIDDEN_SIZE * 2 + 2 * 8)
+        # At most 6 tensors with their padding to 64 bytes, and the zip's own records.
+        assert (world.output_path / f"data_{number}.pt").stat().st_size < num_bytes + 6000
+
+
+def test_data_config_says_what_the_samples_were_made_from(world: World) -> None:
+    config = read_data_config(world.output_path)
+    assert config is not None
+    assert config.aux_layer_ids == (2, 3, 4) and config.aux_layer_numbering == "serving"
+    assert config.producer == "eagle3_ray generate" and config.data_format_version == 1
+    assert config.verifier_name_or_path == str(world.verifier_path)
+    assert (config.states_dtype, config.verifier_dtype) == ("bfloat16", "float32")
+    assert (config.hidden_size, config.vocab_size) == (HIDDEN_SIZE, VOCAB_SIZE)
+
+
+def test_second_run_writes_no_sample_and_loads_no_verifier(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    times, frequencies = world.times(), torch.load(world.output_path / "token_freq.pt", weights_only=True)
+    (world.output_path / "token_freq.pt").unlink()
+    world.run(batch_tokens=77, num_workers=1)
+    assert world.times() == times
+    assert torch.load(world.output_path / "token_freq.pt", weights_only=True) == frequencies
+    assert f"samples       0 to generate, {len(trainable())} there already" in capsys.readouterr().out
+
+
+def test_missing_and_damaged_files_are_generated_again_and_only_they(world: World) -> None:
+    names = [f"data_{number}.pt" for number in trainable()]
+    missing, cut, empty, other = (world.output_path / name for name in names[:4])
+    before, times = world.files(), world.times()
+    missing.unlink()
+    cut.write_bytes(cut.read_bytes()[:-400])
+    empty.write_bytes(b"")
+    torch.save({"input_ids": torch.ones(3, dtype=torch.int64)}, other)
+    (world.output_path / "token_freq.pt").unlink()
+    (world.output_path / ".data_3.pt.tmp").write_bytes(b"half")  # as a killed run leaves it
+    world.run()
+    assert {name: time for name, time in world.times().items() if name not in names[:4]} == {
+        name: time for name, time in times.items() if name not in names[:4]
+    }
+    after = world.files()
+    assert after.keys() == before.keys()
+    assert after["token_freq.pt"] == before["token_freq.pt"]
+    for name in names[:4]:
+        # Batched with other samples now: equal to the rounding of fp32, stored in bf16.
+        old, new = (torch.load(world.output_path / name, weights_only=True) for _ in range(2))
+        assert torch.equal(old["input_ids"], new["input_ids"])
+
+
+def test_run_that_breaks_off_is_finished_by_the_same_command(
+    small: World, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pass
+
+
+@pytest.mark.parametrize("change", ["verifier", "layers", "conversations", "max_seq_len", "config of nobody"])
+def test_samples_of_something_else_are_refused_and_stay(world: World, change: str, tmp_path: Path) -> None:
+    before, times = world.files(), world.times()
+    other = World(tmp_path)
+    changes: dict[str, Any] = {"max_seq_len": MAX_SEQ_LEN - 1} if change == "max_seq_len" else {}
+    message = {"verifier": "verifier_digest", "layers": "aux_layer_ids: (2, 3, 4) there, (1, 2, 4) now"}
+    if change == "verifier":
+        write_verifier(tmp_path / "other", seed=1)
+        changes["verifier_name_or_path"] = str(tmp_path / "other")
+    if change == "layers":
+        changes["aux_layer_ids"] = (1, 2, 4)
+    if change == "conversations":
+        other.conversations_path.write_text(world.conversations_path.read_text() + "\n" + make_line(1))
+        changes["conversations_path"] = other.conversations_path
+    if change == "config of nobody":
+        return
+    with pytest.raises(DataError) as error:
+        world.run(**changes)
+    assert "the samples there were made from something else" in str(error.value)
+    assert message.get(change, change) in str(error.value)
+    assert world.files() == before and world.times() == times

@@ -1,0 +1,189 @@
+"""Who may import whom: the package's layers, checked on the source itself.
+
+A rule names a module or a package and covers everything below it; the longest rule that fits a module counts. To
+let a layer use another, add it here, and ask first whether the arrow still points down.
+"""
+
+import ast
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "eagle3_ray"
+
+# module or package -> modules or packages of ours that it may import ("" is eagle3_ray itself: its version).
+LAYERS: dict[str, set[str]] = {
+    "": set(),
+    "__main__": {"cli"},
+    "cli": {"", "config", "schema", "flags", "settings_file", "errors"},
+    "flags": {"config", "schema", "errors"},
+    "settings_file": {"schema", "errors"},
+    "config": {"schema"},
+    "schema": set(),
+    "errors": set(),
+    "versions": {""},
+    "metrics": set(),
+    "loggers": {"metrics", "errors"},
+    "speculators_format": {"errors"},
+    "data": {"data", "errors"},
+    "model": {"model", "config", "errors"},
+    "training": {
+        *("training", "model", "data", "config", "errors"),
+        *("loggers", "metrics", "speculators_format", "versions"),
+    },
+    "training.run_folder": {"errors"},
+    "generation": {"generation", "model", "data", "config", "errors"},
+    "export": {"model", "data.vocab", "training.checkpoint", "training.run_folder", "speculators_format", "errors"},
+    "jobs": {
+        *("", "jobs", "training", "generation", "export", "model", "data"),
+        *("config", "errors", "loggers", "metrics", "settings_file", "speculators_format", "versions"),
+    },
+}
+
+# library -> where it may be imported; nowhere else. "jobs" stands for every module in it.
+LIBRARIES: dict[str, set[str]] = {
+    "ray": {
+        *("data.index", "data.pipeline", "jobs"),
+        *("training.job", "training.loop", "training.progress", "training.rank"),
+    },
+    "torch.distributed.fsdp": {"training.sharding"},
+    "transformers": {"model", "generation", "jobs"},
+    "wandb": {"loggers"},
+    "trackio": {"loggers"},
+    "torch.utils.tensorboard": {"loggers"},
+    "tyro": {"cli"},
+    "yaml": {"settings_file"},
+}
+
+HEAVY = {"torch", "ray", "transformers", "numpy", "pandas", "pyarrow", "safetensors"}
+NAMES_THAT_SAY_NOTHING = {"utils", "util", "common", "helpers", "helper", "base", "misc", "tools"}
+# Its prefetch thread hands every error to the consumer, which raises it.
+FORWARDS_EVERY_ERROR = {"data.pipeline"}
+
+
+def name_of(path: Path) -> str:
+    """`data.index` for eagle3_ray/data/index.py, `data` for its package, `` for eagle3_ray itself."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+@functools.cache
+def tree_of(module: str) -> ast.Module:
+    return ast.parse(MODULES[module].read_text(encoding="utf-8"))
+
+
+def covers(rule: str, module: str) -> bool:
+    return module == rule or (rule != "" and module.startswith(rule + "."))
+
+
+def imports_of(module: str) -> Iterator[str]:
+    """Full dotted names of all a module imports, inside functions too: `from a import b` gives `a.b`."""
+    for node in ast.walk(tree_of(module)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: imports of ours are written out, not relative"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def own_imports_of(module: str) -> set[str]:
+    """The modules of ours that a module imports: `data.index` for `from eagle3_ray.data.index import build_index`."""
+    found = set()
+    for name in imports_of(module):
+        head, _, rest = name.partition(".")
+        if head == PACKAGE.name:
+            while rest not in MODULES:  # the last part is a name in the module, not a module
+                rest = rest.rpartition(".")[0]
+            found.add(rest)
+    return found
+
+
+def rule_for(module: str) -> str:
+    fitting = [rule for rule in LAYERS if covers(rule, module)]
+    assert fitting, f"{module}: no rule in LAYERS says what it may import"
+    return max(fitting, key=len)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_down(module: str) -> None:
+    allowed = LAYERS[rule_for(module)]
+    stray = {name for name in own_imports_of(module) if not any(covers(rule, name) for rule in allowed)}
+    assert not stray, f"{module} may import {sorted(allowed)}, not {sorted(stray)}"
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_library_stays_where_it_belongs(library: str) -> None:
+    users = {module for module in MODULES if any(covers(library, name) for name in imports_of(module))}
+    stray = {user for user in users if not any(covers(place, user) for place in LIBRARIES[library])}
+    assert not stray, f"{library} belongs in {sorted(LIBRARIES[library])}, not in {sorted(stray)}"
+    unused = {place for place in LIBRARIES[library] if not any(covers(place, user) for user in users)}
+    assert not unused, f"{library} is no longer imported in {sorted(unused)}: take them off the table"
+
+
+def test_the_command_line_reaches_no_heavy_library() -> None:
+    reached, todo = set(), ["__main__"]
+    while todo:
+        module = todo.pop()
+        if module not in reached:
+            reached.add(module)
+            todo.extend(own_imports_of(module))
+    heavy = {(module, name) for module in reached for name in imports_of(module) if name.partition(".")[0] in HEAVY}
+    assert not heavy
+
+
+def test_no_module_imports_itself_by_a_detour() -> None:
+    finished: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join([*path, module])
+        if module not in finished:
+            for name in sorted(own_imports_of(module)):
+                visit(name, (*path, module))
+            finished.add(module)
+
+    for module in MODULES:
+        visit(module, ())
+
+
+def test_every_rule_is_about_a_module_there_is() -> None:
+    named = {*LAYERS, *(name for allowed in LAYERS.values() for name in allowed)}
+    assert named <= set(MODULES), f"take off the table: {sorted(named - set(MODULES))}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_says_what_it_is_for(module: str) -> None:
+    assert ast.get_docstring(tree_of(module)), f"{MODULES[module]}: has no docstring"
+
+
+def test_no_module_is_named_for_nothing() -> None:
+    parts = {part for module in MODULES for part in module.split(".")}
+    assert not parts & NAMES_THAT_SAY_NOTHING
+
+
+def is_call_of(node: ast.AST, function: str, num_arguments: int) -> bool:
+    return (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == function
+        and len(node.args) == num_arguments
+    )
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_attribute_is_read_with_a_default(module: str) -> None:
+    lines = [node.lineno for node in ast.walk(tree_of(module)) if is_call_of(node, "getattr", 3)]  # type: ignore[attr-defined]
+    assert not lines, f"{MODULES[module]}: getattr with a default hides a misspelt name, lines {lines}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_handler_catches_everything(module: str) -> None:
+    for node in ast.walk(tree_of(module)):
+        if isinstance(node, ast.ExceptHandler):
+            caught = set() if node.type is None else {n.id for n in ast.walk(node.type) if isinstance(n, ast.Name)}
+            everything = node.type is None or caught & {"Exception", "BaseException"}
+            assert not everything or module in FORWARDS_EVERY_ERROR, f"{MODULES[module]}:{node.lineno}"
