@@ -48,7 +48,7 @@ class OptimizerSettings(Settings):
 
     epochs: int = Field(20, ge=1, description="Passes over the training samples.")
     max_steps: int | None = Field(
-        None, ge=1, description="Steps to stop after, all epochs counted. Default: all steps of all epochs."
+        None, ge=1, description="Steps to pause after; the schedule stays that of all epochs. Default: all steps of all epochs."
     )
     lr: float = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
@@ -192,7 +192,9 @@ class VocabMappingSettings(Settings):
         None, description="Folder of .pt samples to count from when there is no frequency file. Default: none."
     )
     data_format_version: Literal[0, 1] = Field(1, description="Format of the samples under --data-path.")
-    draft_vocab_size: int = Field(32000, ge=1, description="Tokens the draft can say.")
+    draft_vocab_size: int | None = Field(
+        None, ge=1, description="Tokens the draft can say. Default: 32000, or the verifier's vocabulary if smaller."
+    )
     target_vocab_size: int | None = Field(
         None, ge=1, description="Tokens in the verifier's vocabulary. Default: read from --target-model-path."
     )
@@ -209,7 +211,7 @@ class VocabMappingSettings(Settings):
         if (self.target_vocab_size is None) == (self.target_model_path is None):
             found = "neither" if self.target_vocab_size is None else "both"
             problems.append(f"give one of --target-vocab-size and --target-model-path; found {found}")
-        if self.target_vocab_size is not None and self.draft_vocab_size > self.target_vocab_size:
+        if self.target_vocab_size is not None and (self.draft_vocab_size or 0) > self.target_vocab_size:
             problems.append(
                 f"--draft-vocab-size {self.draft_vocab_size} is more than --target-vocab-size {self.target_vocab_size}"
             )

@@ -161,10 +161,21 @@ def write_sample(path: Path, input_ids: Tensor, loss_mask: Tensor, states: list[
         input_ids: [S] int64.
         loss_mask: [S] bool; stored as int64.
         states: A auxiliary states and the last one before the final norm, [S, H] bfloat16, each with its own storage.
+
+    Raises:
+        DataError: It cannot be written, for instance because the disk is full.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    torch.save({"input_ids": input_ids, "loss_mask": loss_mask.to(torch.int64), "hidden_states": states}, temporary)
-    os.replace(temporary, path)
+    content = {"input_ids": input_ids, "loss_mask": loss_mask.to(torch.int64), "hidden_states": states}
+    try:
+        with temporary.open("wb") as file:  # given a path, torch reports a full disk as an error of its own
+            torch.save(content, file)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be written ({error.strerror}). Samples that are written stay; type the "
+            "same command to go on."
+        ) from error
 
 
 def read_whole_sample(path: Path, spec: SampleSpec) -> Sample | None:

@@ -60,8 +60,16 @@ def ray_session(num_cpus: int | None = None) -> Iterator[None]:
 
 
 def _start_local(num_cpus: int) -> None:
+    # A local Ray turns token authentication on by itself; its warning tells how to turn that off.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
     try:
-        ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, logging_level=logging.WARNING)
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            logging_level=logging.WARNING,
+            log_to_driver=False,  # what concerns the user is told by the driver; the rest is in Ray's logs
+        )
     except RAY_INIT_ERRORS as error:
         raise ClusterError(
             f"no local Ray with {num_cpus} CPUs could be started ({_first_line(error)}). "
@@ -72,7 +80,7 @@ def _start_local(num_cpus: int) -> None:
 def _join(address: str) -> None:
     try:
         _check_reachable(address)
-        ray.init(address=address, logging_level=logging.WARNING)
+        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
     except RAY_INIT_ERRORS as error:
         raise ClusterError(
             f"RAY_ADDRESS={address}: no Ray cluster can be joined there ({_first_line(error)}). "

@@ -12,6 +12,7 @@ again generates what is missing.
 
 import functools
 import os
+import pickle
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -28,7 +29,7 @@ from transformers.utils.logging import disable_progress_bar
 from eagle3_ray import __version__
 from eagle3_ray.config import GenerateSettings
 from eagle3_ray.data.vocab import write_token_freq
-from eagle3_ray.errors import ClusterError, DataError
+from eagle3_ray.errors import ClusterError, DataError, Eagle3RayError
 from eagle3_ray.generation.conversations import LineChunk, index_lines
 from eagle3_ray.generation.hidden_states import CapturingVerifier, load_verifier
 from eagle3_ray.generation.loss_mask import load_tokenizer
@@ -45,8 +46,14 @@ from eagle3_ray.jobs.cluster import WorkerRequest, choose_workers, cluster_resou
 from eagle3_ray.jobs.failures import raise_cause
 from eagle3_ray.model.verifier import VerifierInfo, read_verifier_config
 
-MAX_RESTARTS = 2  # of an actor whose process died, for instance killed for memory; Ray Data's own default is no limit
-
+RESULT_SCHEMA = pa.schema(
+    [
+        ("line_numbers", pa.list_(pa.int64())),
+        ("ids", pa.list_(pa.int64())),
+        ("counts", pa.list_(pa.int64())),
+        ("error", pa.binary()),
+    ]
+)
 BatchRef = Any  # an object reference to a table of `work.BATCH_SCHEMA`; Ray's own types for it disagree
 
 
@@ -162,7 +169,7 @@ def generate_samples(job: GenerateJob, workers: WorkerRequest, tally: Tally, bat
     """Stream the batches through the verifier's copies; add what they count to `tally`.
 
     Raises:
-        ClusterError: The samples do not appear in the folder as this machine sees it.
+        Eagle3RayError: As a worker raised it, or ClusterError because the samples are not seen from this machine.
     """
     if not batches:
         return
@@ -177,13 +184,13 @@ def generate_samples(job: GenerateJob, workers: WorkerRequest, tally: Tally, bat
         compute=ray.data.ActorPoolStrategy(size=min(workers.num_workers, len(batches))),
         num_cpus=workers.cpus_per_worker,
         num_gpus=1 if workers.use_gpu else 0,
-        max_restarts=MAX_RESTARTS,
-        max_task_retries=MAX_RESTARTS,
     )
     written: list[int] = []
     result: Any
     for result in results.iter_batches(batch_size=None, batch_format="pyarrow"):
         for row in result.to_pylist():
+            if row["error"] is not None:
+                raise pickle.loads(row["error"])
             tally.counts[row["ids"]] += np.array(row["counts"], np.int64)
             written += row["line_numbers"]
     visible = {entry.name for entry in os.scandir(job.settings.output_path)}
@@ -203,11 +210,21 @@ class VerifierActor:
         self._job = job
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Generate a batch's samples; return one row with their lines and the ids and counts supervised."""
-        counts = generate_batch(self._job, self._verifier, batch)
+        """Generate a batch's samples.
+
+        Returns:
+            Table of `RESULT_SCHEMA`, one row: the samples' lines, the ids supervised and how often; or an error raised
+            on purpose, which as an exception would come out of Ray Data without its type.
+        """
+        try:
+            counts = generate_batch(self._job, self._verifier, batch)
+        except Eagle3RayError as error:
+            row = {"line_numbers": [[]], "ids": [[]], "counts": [[]], "error": [pickle.dumps(error)]}
+            return pa.table(row, RESULT_SCHEMA)
         ids = np.flatnonzero(counts)
+        lines = batch["line_number"].to_numpy()
         return pa.table(
-            {"line_numbers": [batch["line_number"].to_numpy()], "ids": [ids], "counts": [counts[ids]]},
+            {"line_numbers": [lines], "ids": [ids], "counts": [counts[ids]], "error": [None]}, RESULT_SCHEMA
         )
 
     # Loaded by the first batch, not by the constructor: an error there would reach the driver as text only.
@@ -225,7 +242,8 @@ def _stream_chunk(job: GenerateJob, chunk: LineChunk) -> Iterator[Tally | pa.Tab
     torch.set_num_threads(1)
     tally, batches = prepare_chunk(job, chunk, _tokenizer(job.verifier.name_or_path, job.settings.trust_remote_code))
     yield tally
-    yield from batches
+    while batches:  # not `yield from`, which would pass Ray's send() on to an iterator without one
+        yield batches.pop(0)
 
 
 @functools.cache  # once a worker process, not once a task

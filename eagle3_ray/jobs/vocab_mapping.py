@@ -31,9 +31,10 @@ def run(settings: VocabMappingSettings) -> None:
         ClusterError: No Ray to count with.
     """
     vocab_size = resolve_vocab_size(settings)
-    if settings.draft_vocab_size > vocab_size:
+    draft_vocab_size = settings.draft_vocab_size or min(DEFAULT_DRAFT_VOCAB_SIZE, vocab_size)
+    if draft_vocab_size > vocab_size:
         raise UsageError(
-            f"--draft-vocab-size {settings.draft_vocab_size} is more than the verifier's {vocab_size} tokens. "
+            f"--draft-vocab-size {draft_vocab_size} is more than the verifier's {vocab_size} tokens. "
             f"Pass {vocab_size} or less."
         )
     if settings.token_freq_path.exists():
@@ -48,7 +49,7 @@ def run(settings: VocabMappingSettings) -> None:
             f"{settings.token_freq_path}: no such token-frequency file, and no samples to count from. "
             "Pass --token-freq-path or --data-path."
         )
-    mapping = choose_counted(counts, settings.draft_vocab_size, str(source))
+    mapping = choose_counted(counts, draft_vocab_size, str(source))
     d2t_path, t2d_path = settings.output_path / "d2t.npy", settings.output_path / "t2d.npy"
     write_mapping(mapping, str(d2t_path), str(t2d_path))
     print(describe_mapping(mapping, counts))
