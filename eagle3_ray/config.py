@@ -48,7 +48,9 @@ class OptimizerSettings(Settings):
 
     epochs: int = Field(20, ge=1, description="Passes over the training samples.")
     max_steps: int | None = Field(
-        None, ge=1, description="Steps to pause after; the schedule stays that of all epochs. Default: all steps of all epochs."
+        None,
+        ge=1,
+        description="Steps to pause after; the schedule stays that of all epochs. Default: all steps of all epochs.",
     )
     lr: float = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")

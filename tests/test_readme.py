@@ -37,7 +37,11 @@ def test_every_file_of_the_reading_order_is_there() -> None:
 def test_every_message_of_the_troubleshooting_table_is_one_the_program_prints() -> None:
     source = "\n".join(path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rglob("*.py")))
     code = re.sub(r'"\s*\n\s*f?"', "", source)  # strings that run over lines
-    messages = [m for cell in re.findall(r"^\| (`.*?) \|", section("Troubleshooting"), re.M) for m in re.findall(r"`([^`]+)`", cell)]
+    messages = [
+        m
+        for cell in re.findall(r"^\| (`.*?) \|", section("Troubleshooting"), re.M)
+        for m in re.findall(r"`([^`]+)`", cell)
+    ]
     # What varies is written as an ellipsis or a number.
     parts = [part.strip() for message in messages for part in re.split(r"…|\bv?\d+\b|nan", message) if part.strip()]
     assert len(messages) >= 8

@@ -247,7 +247,7 @@ def iter_step_bins(
                 offer(item)
                 if is_closed.is_set():
                     return
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001
             offer(error)
 
     thread = threading.Thread(target=produce, name="bins", daemon=True)

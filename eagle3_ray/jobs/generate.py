@@ -11,6 +11,7 @@ again generates what is missing.
 """
 
 import functools
+import logging
 import os
 import pickle
 import sys
@@ -175,6 +176,8 @@ def generate_samples(job: GenerateJob, workers: WorkerRequest, tally: Tally, bat
         return
     dataset = ray.data.from_arrow_refs(batches)
     dataset.context.enable_progress_bars = sys.stderr.isatty()
+    dataset.context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     dataset.context.execution_no_progress_timeout_s = -1  # loading a big verifier may take longer than the default
     results = dataset.map_batches(
         VerifierActor,

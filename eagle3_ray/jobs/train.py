@@ -48,7 +48,7 @@ def run(settings: TrainSettings) -> None:
     """Train a draft, or go on training it.
 
     Raises:
-        Eagle3RayError: Verifier, samples, mapping, checkpoints or cluster do not allow the run; nothing on disk is lost.
+        Eagle3RayError: Verifier, samples, mapping, checkpoints or cluster do not allow the run. Nothing is lost.
     """
     # Workers change directory: every path is made absolute once, here.
     settings = with_absolute_paths(settings)
@@ -89,7 +89,9 @@ def open_run_folder(settings: TrainSettings) -> CommittedCheckpoint | None:
     try:
         save_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CheckpointError(f"{save_dir}: cannot be created ({error.strerror}). Choose another --save-path.") from error
+        raise CheckpointError(
+            f"{save_dir}: cannot be created ({error.strerror}). Choose another --save-path."
+        ) from error
     broken = set_aside_broken_snapshot(save_dir)
     if broken is not None:
         print(f"Ray's list of checkpoints was damaged and is now {broken}; the checkpoints themselves are used")
@@ -150,7 +152,7 @@ def decide_job(
 
 
 def resolve_aux_layer_ids(settings: TrainSettings, verifier: VerifierInfo) -> tuple[int, ...]:
-    """Return the auxiliary layers in serving numbering: the flag, else data_config.json beside the samples, else default.
+    """Return the auxiliary layers in serving numbering: from the flag, else from data_config.json, else the default.
 
     Raises:
         DataError: The flag contradicts data_config.json.
@@ -160,8 +162,8 @@ def resolve_aux_layer_ids(settings: TrainSettings, verifier: VerifierInfo) -> tu
     given = settings.aux_layer_ids
     if given is not None and recorded is not None and given != recorded:
         raise DataError(
-            f"{settings.data_path}: data_config.json says the samples hold layers {list(recorded)}, --aux-layer-ids says "
-            f"{list(given)}. Leave the flag out, or correct one of them."
+            f"{settings.data_path}: data_config.json says the samples hold layers {list(recorded)}, "
+            f"--aux-layer-ids says {list(given)}. Leave the flag out, or correct one of them."
         )
     ids = given or recorded or verifier.default_aux_layer_ids()
     verifier.check_aux_layer_ids(ids)
@@ -183,7 +185,9 @@ def read_recorded_layer_ids(data_path: Path) -> tuple[int, ...] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{path}: cannot be read ({error!r}). Name the layers with --aux-layer-ids elsewhere.") from error
+        raise DataError(
+            f"{path}: cannot be read ({error!r}). Name the layers with --aux-layer-ids elsewhere."
+        ) from error
     if numbering != "serving":
         raise DataError(f"{path}: numbers layers as {numbering!r}, expected 'serving' (id k is what enters layer k).")
     return ids

@@ -133,7 +133,7 @@ class _BlockwiseAttention(torch.autograd.Function):
         return output, log_sum_exp
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor, grad_lse: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor, grad_lse: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         queries, keys, values, output, log_sum_exp = ctx.saved_tensors
         accumulate = log_sum_exp.dtype
         scale = queries.shape[-1] ** -0.5

@@ -14,8 +14,18 @@ from eagle3_ray.model.verifier import VerifierInfo
 SPECULATORS_VERSION = "0.9.0"
 # What transformers adds to every config, of no meaning for a decoder layer.
 NOT_OF_THE_LAYER = (
-    "architectures", "dtype", "transformers_version", "_name_or_path", "chunk_size_feed_forward", "id2label", "label2id",
-    "is_encoder_decoder", "output_attentions", "output_hidden_states", "problem_type", "return_dict",
+    "architectures",
+    "dtype",
+    "transformers_version",
+    "_name_or_path",
+    "chunk_size_feed_forward",
+    "id2label",
+    "label2id",
+    "is_encoder_decoder",
+    "output_attentions",
+    "output_hidden_states",
+    "problem_type",
+    "return_dict",
 )
 
 
@@ -170,7 +180,9 @@ def _inherit_rope(info: VerifierInfo) -> dict[str, Any]:
     text = info.text_config
     rope = dict(text.get("rope_parameters") or text.get("rope_scaling") or {})
     if any(isinstance(value, Mapping) for value in rope.values()):
-        raise VerifierError(f"{info.name_or_path}: RoPE differs by layer type ({sorted(rope)}), which is not supported.")
+        raise VerifierError(
+            f"{info.name_or_path}: RoPE differs by layer type ({sorted(rope)}), which is not supported."
+        )
     rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type", "default")
     theta = rope.get("rope_theta", text.get("rope_theta"))
     if theta is None:

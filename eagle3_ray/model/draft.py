@@ -59,11 +59,12 @@ class RotaryTable(nn.Module):
 
     def __init__(self, layer: LlamaConfig) -> None:
         super().__init__()
-        rope = layer.rope_parameters
+        rope, head_dim = dict(layer.rope_parameters or {}), layer.head_dim
+        assert head_dim is not None  # LlamaConfig fills it in
         # The draft is built on the meta device, where these few numbers must not stay.
         with torch.device("cpu"):
             if rope["rope_type"] == "default":
-                exponent = torch.arange(0, layer.head_dim, 2, dtype=torch.float32) / layer.head_dim
+                exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
                 self.inverse_frequency, self.scale = 1.0 / rope["rope_theta"] ** exponent, 1.0
             else:
                 init = ROPE_INIT_FUNCTIONS[rope["rope_type"]]
@@ -97,6 +98,7 @@ class DraftAttention(nn.Module):
 
     def __init__(self, layer: LlamaConfig, input_size: int) -> None:
         super().__init__()
+        assert layer.head_dim is not None and layer.num_key_value_heads is not None  # LlamaConfig fills them in
         self.head_dim = layer.head_dim
         query_size, key_size = layer.num_attention_heads * layer.head_dim, layer.num_key_value_heads * layer.head_dim
         self.q_proj = nn.Linear(input_size, query_size, bias=False)
@@ -180,6 +182,11 @@ class Eagle3Draft(nn.Module):
         self.lm_head = nn.Linear(hidden_size, config.draft_vocab_size, bias=False)
         self.rotary = RotaryTable(layer)
 
+    @property
+    def decoder_layers(self) -> list[DraftLayer]:
+        """The decoder layers, in order."""
+        return [layer for layer in self.layers if isinstance(layer, DraftLayer)]
+
     def forward(self, inputs: DraftInputs, target_head: TargetHead, weights: Tensor) -> TttOutput:
         """Unroll the draft over a bin and compare every step with the verifier.
 
@@ -215,7 +222,7 @@ class Eagle3Draft(nn.Module):
             # Past a document's end the token is another document's; such an index has no valid target there.
             embeds = self.embed_tokens(inputs.input_ids[(rows + step).clamp(max=inputs.input_ids.numel() - 1)])
             rotation = self.rotary(inputs.position_ids[rows] + step, hidden.dtype)
-            for layer, cache in zip(self.layers, caches, strict=True):
+            for layer, cache in zip(self.decoder_layers, caches, strict=True):
                 attention_input, residual = layer.prepare(hidden, embeds)
                 cache.diagonal.append(layer.self_attn.project_keys_values(attention_input, rotation))
                 queries = layer.self_attn.project_queries(attention_input, rotation)
@@ -225,7 +232,7 @@ class Eagle3Draft(nn.Module):
         return states
 
     def combine_aux_states(self, aux_states: Tensor) -> Tensor:
-        """fc and its optional norms: [T, A*H] -> [T, H]."""
+        """Reduce the auxiliary states by fc, after its optional norms: [T, A*H] -> [T, H]."""
         if self.config.norm_before_fc:
             aux_states = self.input_norm(aux_states)
         if self.config.fc_norm:
@@ -240,7 +247,7 @@ class Eagle3Draft(nn.Module):
         embeds = self.embed_tokens(inputs.input_ids)
         rotation = self.rotary(inputs.position_ids, hidden.dtype)
         caches = []
-        for number, layer in enumerate(self.layers):
+        for number, layer in enumerate(self.decoder_layers):
             attention_input, residual = layer.prepare(hidden, embeds)
             keys, values = layer.self_attn.project_keys_values(attention_input, rotation)
             caches.append(LayerKeys(keys, values))

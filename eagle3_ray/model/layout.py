@@ -10,6 +10,7 @@ and is supervised. So an index needs queries, MLP and later steps only if one of
 Everything here is known on the host before the bin travels, so the device never waits to learn a shape.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -53,7 +54,7 @@ def build_layout(document_ids: Tensor, loss_mask: Tensor, num_tokens: int, num_t
     starts = torch.nonzero(document_ids[1:] != document_ids[:-1]).flatten() + 1
     bounds = [0, *starts.tolist(), num_tokens]
     document_start = torch.zeros(num_tokens, dtype=torch.int64)
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in itertools.pairwise(bounds):
         document_start[start:end] = start
 
     targets = torch.nonzero(loss_mask).flatten()
@@ -70,7 +71,7 @@ def build_layout(document_ids: Tensor, loss_mask: Tensor, num_tokens: int, num_t
     row_of_index = torch.cumsum(is_needed, 0) - 1
     return TttLayout(
         num_tokens=num_tokens,
-        documents=tuple(zip(bounds, bounds[1:], strict=False)),
+        documents=tuple(itertools.pairwise(bounds)),
         rows=rows,
         targets=targets,
         row_of_target=torch.where(is_valid, row_of_index[sources], 0),

@@ -119,7 +119,7 @@ class _ChunkedForwardKl(torch.autograd.Function):
         return (loss_sums * weights).sum().to(accumulate), loss_sums, is_match
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         grad_states, grad_head = ctx.saved_tensors
         return grad_states * grad_loss, grad_head * grad_loss, None, None, None, None, None
 

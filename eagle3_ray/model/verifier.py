@@ -17,6 +17,9 @@ from eagle3_ray.errors import VerifierError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+NEEDED_FIELDS = (
+    "hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "rms_norm_eps", "vocab_size",
+)  # fmt: skip
 # What these change between the last hidden state and the logits is not modelled here: training against
 # the wrong target shows no error, so they are refused.
 LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -78,7 +81,9 @@ class VerifierInfo:
             VerifierError: An id repeats (engines collect it once) or lies outside 0..num_layers.
         """
         if len(set(ids)) < len(ids):
-            raise VerifierError(f"auxiliary layers {list(ids)}: an id repeats; engines collect it once. Give distinct ids.")
+            raise VerifierError(
+                f"auxiliary layers {list(ids)}: an id repeats; engines collect it once. Give distinct ids."
+            )
         outside = [i for i in ids if not 0 <= i <= self.num_layers]
         if outside or not ids:
             raise VerifierError(
@@ -118,8 +123,7 @@ def read_verifier_config(name_or_path: str) -> VerifierInfo:
     text_config = _fill_in_defaults(config.get("text_config", config))
     if "tie_word_embeddings" in config:
         text_config["tie_word_embeddings"] = config["tie_word_embeddings"]
-    problems = [f"no {key}" for key in ("hidden_size", "vocab_size", "num_hidden_layers", "rms_norm_eps") if key not in text_config]
-    problems += [f"no {key}" for key in ("num_attention_heads", "intermediate_size") if key not in text_config]
+    problems = [f"no {key}" for key in NEEDED_FIELDS if key not in text_config]
     model_type = str(text_config.get("model_type", ""))
     if model_type.startswith("gemma"):
         problems.append(f"model_type {model_type}: its (1 + w) norm and scaled embedding are not supported")
@@ -138,7 +142,7 @@ def read_verifier_config(name_or_path: str) -> VerifierInfo:
 
 def _fill_in_defaults(text_config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the config as transformers completes it: files leave out what equals their class's default."""
-    model_type = text_config.get("model_type")
+    model_type = str(text_config.get("model_type"))
     if model_type not in CONFIG_MAPPING:
         return dict(text_config)
     completed: dict[str, Any] = CONFIG_MAPPING[model_type](**text_config).to_dict()
@@ -157,7 +161,11 @@ def load_verifier_tensors(info: VerifierInfo) -> VerifierTensors:
     loaded = VerifierTensors(tensors[embed_name], tensors[head_name], tensors[norm_name])
     matrix, vector = (info.vocab_size, info.hidden_size), (info.hidden_size,)
     expected = {embed_name: matrix, head_name: matrix, norm_name: vector}
-    wrong = [f"{n} is {list(tensors[n].shape)}, the config says {list(s)}" for n, s in expected.items() if tensors[n].shape != s]
+    wrong = [
+        f"{n} is {list(tensors[n].shape)}, the config says {list(s)}"
+        for n, s in expected.items()
+        if tensors[n].shape != s
+    ]
     if wrong:
         raise VerifierError(f"{info.name_or_path}: {'; '.join(wrong)}.")
     return loaded
@@ -184,9 +192,13 @@ def _find_tensor_names(info: VerifierInfo, names: Mapping[str, str]) -> tuple[st
         heads = [n for n in names if n == "lm_head.weight" or n.endswith(".lm_head.weight")]
         head_name = heads[0] if len(heads) == 1 else ""
         if not head_name:
-            problems.append(f"no lm_head.weight (found {heads or 'none'}), and the config does not tie it to the embedding")
+            problems.append(
+                f"no lm_head.weight (found {heads or 'none'}), and the config does not tie it to the embedding"
+            )
     if problems:
-        raise VerifierError(f"{info.name_or_path}: {'; '.join(problems)}. The folder must hold the verifier's full weights.")
+        raise VerifierError(
+            f"{info.name_or_path}: {'; '.join(problems)}. The folder must hold the verifier's full weights."
+        )
     return embed_name, norm_name, head_name
 
 
@@ -200,7 +212,9 @@ def _read_tensor_names(name_or_path: str) -> dict[str, str]:
             raise VerifierError(f"{index_path}: no usable weight_map ({error!r}).") from error
     path = _resolve_file(name_or_path, SINGLE_FILE)
     if path is None:
-        raise VerifierError(f"{name_or_path}: neither {SINGLE_FILE} nor {INDEX_FILE}. Store the verifier as safetensors.")
+        raise VerifierError(
+            f"{name_or_path}: neither {SINGLE_FILE} nor {INDEX_FILE}. Store the verifier as safetensors."
+        )
     try:
         with safe_open(path, framework="pt") as file:
             return dict.fromkeys(file.keys(), SINGLE_FILE)
@@ -218,7 +232,9 @@ def _read_tensor(info: VerifierInfo, file_name: str, tensor_name: str) -> Tensor
     except (SafetensorError, OSError) as error:
         raise VerifierError(f"{path}: cannot read {tensor_name} ({error}).") from error
     if not torch.is_floating_point(tensor) or tensor.element_size() < 2:
-        raise VerifierError(f"{path}: {tensor_name} is {tensor.dtype}; quantised heads and embeddings are not supported.")
+        raise VerifierError(
+            f"{path}: {tensor_name} is {tensor.dtype}; quantised heads and embeddings are not supported."
+        )
     return tensor
 
 
@@ -230,8 +246,12 @@ def _resolve_file(name_or_path: str, file_name: str) -> Path | None:
     try:
         return Path(hf_hub_download(name_or_path, file_name))
     except LocalEntryNotFoundError as error:
-        raise VerifierError(f"{name_or_path}: not a folder here, and the hub cannot be reached for {file_name}.") from error
+        raise VerifierError(
+            f"{name_or_path}: not a folder here, and the hub cannot be reached for {file_name}."
+        ) from error
     except EntryNotFoundError:
         return None
     except (HFValidationError, HfHubHTTPError) as error:
-        raise VerifierError(f"{name_or_path}: neither a folder here nor a hub repository that can be read ({error}).") from error
+        raise VerifierError(
+            f"{name_or_path}: neither a folder here nor a hub repository that can be read ({error})."
+        ) from error

@@ -61,12 +61,12 @@ def restore_checkpoint(folder: Path, draft: Eagle3Draft, optimizer: torch.optim.
     Raises:
         CheckpointError: The state cannot be read, or is of another draft.
     """
-    state = {"model": trained_state(draft), "optimizer": get_optimizer_state_dict(draft, optimizer)}
+    optimizer_state = get_optimizer_state_dict(draft, optimizer)
     try:
-        dcp.load(state, checkpoint_id=folder / STATE)
+        dcp.load({"model": trained_state(draft), "optimizer": optimizer_state}, checkpoint_id=folder / STATE)
     except (CheckpointException, ValueError, RuntimeError, OSError) as error:
         raise CheckpointError(
             f"{folder}: its state cannot be restored ({error}). Move the folder away to go on from an older one."
         ) from error
     # DCP fills the tensors in place; the optimizer's own wiring is rebuilt from them.
-    set_optimizer_state_dict(draft, optimizer, state["optimizer"])
+    set_optimizer_state_dict(draft, optimizer, optimizer_state)

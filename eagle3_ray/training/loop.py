@@ -84,9 +84,7 @@ def update(rank: Rank, item: StepBins) -> None:
     set_learning_rate(rank.optimizer, learning_rate(rank.step, total_steps, num_warmup, settings.lr))
     epoch = rank.step // job.schedule.steps_per_epoch
     try:
-        sums, rank.grad_norm = train_step(
-            rank.draft, rank.optimizer, rank.target_head, item.bins, epoch, rank.settings
-        )
+        sums, rank.grad_norm = train_step(rank.draft, rank.optimizer, rank.target_head, item.bins, epoch, rank.settings)
     except NonFiniteError as error:
         files = [path for packed in item.bins for path in rank.train_source.paths_of_bin(packed.number)]
         held = f"rank {rank.number} held {', '.join(files) or 'no samples'}"
@@ -107,9 +105,7 @@ def log_progress(rank: Rank) -> None:
     rank.loggers.log(rank.metrics, rank.step)
     if rank.is_first:
         epoch, step_of_epoch = divmod(rank.step - 1, job.schedule.steps_per_epoch)
-        job.progress.send(
-            StepProgress(epoch, step_of_epoch + 1, job.schedule.steps_per_epoch, dict(rank.metrics))
-        )
+        job.progress.send(StepProgress(epoch, step_of_epoch + 1, job.schedule.steps_per_epoch, dict(rank.metrics)))
 
 
 def validate(rank: Rank) -> dict[str, float]:

@@ -35,7 +35,7 @@ class ProgressSender:
 
     def send(self, item: StepProgress | Note) -> None:
         """Tell the driver."""
-        self.queue.actor.put_nowait.remote(item)
+        self.queue.actor.put_nowait.remote(item)  # type: ignore[attr-defined]
 
 
 class ProgressBoard:

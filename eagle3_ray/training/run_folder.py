@@ -122,7 +122,9 @@ def check_same_run(checkpoint: CommittedCheckpoint, identity: Mapping[str, Any])
     """
     saved = checkpoint.identity
     keys = sorted(set(saved) | set(identity))
-    differing = [f"{key} was {saved.get(key)!r}, is {identity.get(key)!r}" for key in keys if saved.get(key) != identity.get(key)]
+    differing = [
+        f"{key} was {saved.get(key)!r}, is {identity.get(key)!r}" for key in keys if saved.get(key) != identity.get(key)
+    ]
     if differing:
         raise CheckpointError(
             f"{checkpoint.path}: saved by a run with other settings or data:\n  "
@@ -177,13 +179,17 @@ def write_atomically(path: Path, text: str) -> None:
 def _open(path: Path) -> CommittedCheckpoint:
     missing = sorted(part for part in PARTS if not (path / part).exists())
     if missing:
-        raise CheckpointError(f"{path}: committed, but {', '.join(missing)} is gone. Restore it or move the folder away.")
+        raise CheckpointError(
+            f"{path}: committed, but {', '.join(missing)} is gone. Restore it or move the folder away."
+        )
     try:
         step = int(json.loads((path / COMMITTED).read_text(encoding="utf-8"))["step"])
         record = json.loads((path / RECORD).read_text(encoding="utf-8"))
         return CommittedCheckpoint(path, step, metrics=record["metrics"], identity=record["identity"])
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: {COMMITTED} or {RECORD} cannot be read ({error!r}). Move the folder away.") from error
+        raise CheckpointError(
+            f"{path}: {COMMITTED} or {RECORD} cannot be read ({error!r}). Move the folder away."
+        ) from error
 
 
 def _is_ours(path: Path) -> bool:

@@ -37,10 +37,9 @@ def build_sharded_draft(
         draft = Eagle3Draft(config)
     # A sum, not a mean: the loss is divided by the global count of targets before it is differentiated.
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    embedding = draft.get_parameter(FROZEN)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    fully_shard(
-        draft, mesh=mesh, mp_policy=policy, reshard_after_forward=False, ignored_params={draft.embed_tokens.weight}
-    )
+    fully_shard(draft, mesh=mesh, mp_policy=policy, reshard_after_forward=False, ignored_params={embedding})
     assert isinstance(draft, FSDPModule)  # fully_shard adds it to the draft's own class
     draft.set_gradient_divide_factor(1.0)
     draft.set_force_sum_reduction_for_comms(True)

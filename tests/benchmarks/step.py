@@ -79,7 +79,9 @@ def needed_flop(arguments: argparse.Namespace) -> float:
     shared = 3 * a.hidden * a.hidden + 2 * a.hidden * keys  # fc, and step-0 keys and values
     of_row = 2 * a.hidden * a.hidden + a.hidden * a.hidden + 3 * a.hidden * a.intermediate + a.hidden * a.draft_vocab
     attention = 2 * a.hidden * (a.tokens / a.documents) / 2
-    forward = 2 * (a.tokens * shared + rows * a.steps * (of_row + attention) + rows * (a.steps - 1) * 2 * a.hidden * keys)
+    forward = 2 * (
+        a.tokens * shared + rows * a.steps * (of_row + attention) + rows * (a.steps - 1) * 2 * a.hidden * keys
+    )
     return 3 * forward + 2 * rows * a.hidden * a.draft_vocab  # the target's logits are never differentiated
 
 
@@ -112,7 +114,12 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if arguments.dtype == "fp32" else torch.bfloat16
     with tempfile.TemporaryDirectory() as folder:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", init_method=f"file://{folder}/s", rank=0, world_size=1)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            init_method=f"file://{folder}/s",
+            rank=0,
+            world_size=1,
+        )
         config = make_config(arguments)
         torch.manual_seed(0)
         draft = build_sharded_draft(config, dict(Eagle3Draft(config).state_dict()), device, dtype)

@@ -13,7 +13,7 @@ from eagle3_ray.model.draft import Eagle3Draft
 from eagle3_ray.model.layout import build_layout
 from eagle3_ray.model.loss import TargetHead
 from eagle3_ray.training.optim import build_optimizer, set_learning_rate
-from eagle3_ray.training.sharding import build_sharded_draft
+from eagle3_ray.training.sharding import build_sharded_draft, gather_weights
 from eagle3_ray.training.step import StepSettings, add_noise, prepare_inputs, train_step
 from tests.unit.training.world import PARITY, load_bins, load_config, load_target_head, load_weights
 
@@ -28,11 +28,11 @@ def attend(device: str, dtype: torch.dtype) -> list[Tensor]:
     rows = torch.arange(num_tokens)[torch.rand(num_tokens, generator=torch.Generator().manual_seed(0)) < 0.6]
     generator = torch.Generator().manual_seed(1)
     shapes = [(len(rows), 8, 64), *[(num_tokens, 2, 64)] * 2, *[(len(rows), 2, 64)] * 4]
-    inputs = [
-        torch.randn(shape, generator=generator).to(dtype).to(device).requires_grad_() for shape in shapes
-    ]
+    inputs = [torch.randn(shape, generator=generator).to(dtype).to(device).requires_grad_() for shape in shapes]
     queries, keys, values, k1, v1, k2, v2 = inputs
-    output, log_sum_exp = build_document_attention(documents, rows, num_tokens, torch.device(device))(queries, keys, values)
+    output, log_sum_exp = build_document_attention(documents, rows, num_tokens, torch.device(device))(
+        queries, keys, values
+    )
     merged = merge_diagonals(output, log_sum_exp, queries, [(k1, v1), (k2, v2)])
     weight = torch.randn(merged.shape, generator=generator).to(dtype).to(device)
     grads = torch.autograd.grad((merged * weight).sum(), inputs)
@@ -86,7 +86,7 @@ def test_masters_stay_fp32_under_bf16_compute_and_norms_move(process_group: None
     for name, parameter in draft.named_parameters():
         if parameter.requires_grad:
             assert parameter.dtype == torch.float32, name
-    assert not torch.all(draft.norm.weight.full_tensor() == 1)  # type: ignore[operator]
+    assert not torch.all(gather_weights(draft, torch.float32)["norm.weight"] == 1)
 
 
 def test_noise_on_cuda_is_a_function_of_seed_epoch_and_bin(process_group: None) -> None:

@@ -115,7 +115,9 @@ def test_the_servable_draft_has_exactly_the_tensors_a_server_expects(straight: P
     recorded = load_file(PARITY / "drafts" / "one_layer" / "model.safetensors")
     assert {name: tensor.shape for name, tensor in tensors.items()} == {n: t.shape for n, t in recorded.items()}
     whole = {"d2t": torch.int64, "t2d": torch.bool}
-    assert {name: t.dtype for name, t in tensors.items()} == {name: whole.get(name, torch.bfloat16) for name in recorded}
+    assert {name: t.dtype for name, t in tensors.items()} == {
+        name: whole.get(name, torch.bfloat16) for name in recorded
+    }
     verifier = load_file(PARITY / "verifier" / "model.safetensors")
     assert torch.equal(tensors["embed_tokens.weight"], verifier["model.embed_tokens.weight"])
     assert torch.equal(tensors["t2d"], load_file(PARITY / "drafts" / "one_layer" / "model.safetensors")["t2d"])
@@ -157,7 +159,7 @@ def test_a_run_resumed_on_two_workers_keeps_its_trajectory(straight: Path, folde
     state, wanted = load_state(folder / "run" / "1", tmp_path), load_state(straight / "run" / "1", tmp_path)
     for name in (n for n in wanted if n.startswith("/model/")):
         # float32 sums in another order; Adam turns the rounding of near-zero gradients into up to lr a step.
-        torch.testing.assert_close(state[name], wanted[name], rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(state[name], wanted[name], rtol=1e-3, atol=1e-4, msg=name)
     found, expected = read_metrics(folder / "run" / "1"), read_metrics(straight / "run" / "1")
     for name in ("val/loss", "val/accuracy_0", "val/loss_2"):
         assert found[name] == pytest.approx(expected[name], rel=1e-3), name
@@ -202,7 +204,7 @@ def test_a_killed_worker_is_restarted_from_the_last_checkpoint(straight: Path, f
     def train() -> None:
         try:
             run(make_settings(folder, max_failures=1, checkpoint_every_steps=1))
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001
             failures.append(error)
 
     thread = threading.Thread(target=train)
@@ -276,7 +278,7 @@ def test_a_sample_with_nan_ends_the_run_by_name(folder: Path) -> None:
 
 
 def test_more_workers_than_the_cluster_holds_is_refused_at_once(folder: Path) -> None:
-    with pytest.raises(ClusterError, match="9 workers need .* the cluster has 4 CPUs") as caught:
+    with pytest.raises(ClusterError, match=r"9 workers need .* the cluster has 4 CPUs") as caught:
         run(make_settings(folder, num_workers=9))
     assert caught.value.exit_code == 5
     with pytest.raises(ClusterError, match="0 GPUs"):

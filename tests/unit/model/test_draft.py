@@ -33,7 +33,9 @@ def make_config(num_layers: int = 1, **options: bool) -> DraftConfig:
         rope_parameters={**ROPE, "original_max_position_embeddings": 256},
     )
     flags = {"norm_before_residual": True, "norm_before_fc": False, "fc_norm": False, "norm_output": False} | options
-    return DraftConfig(layer, DRAFT_VOCAB, (2, 4, 5), STEPS, **flags, verifier_name_or_path="", verifier_architectures=())
+    return DraftConfig(
+        layer, DRAFT_VOCAB, (2, 4, 5), STEPS, **flags, verifier_name_or_path="", verifier_architectures=()
+    )
 
 
 def make_draft(config: DraftConfig) -> Eagle3Draft:
@@ -71,8 +73,8 @@ def dense_states(draft: Eagle3Draft, packed: PackedBin) -> list[Tensor]:
     index = torch.arange(num_tokens)
     causal = (index[:, None] >= index[None, :]) & (document[:, None] == document[None, :])
     hidden = draft.combine_aux_states(packed.aux_states[:num_tokens])
-    keys: list[list[Tensor]] = [[] for _ in draft.layers]
-    values: list[list[Tensor]] = [[] for _ in draft.layers]
+    keys: list[list[Tensor]] = [[] for _ in draft.decoder_layers]
+    values: list[list[Tensor]] = [[] for _ in draft.decoder_layers]
     states: list[Tensor] = []
     for step in range(STEPS):
         if step and draft.config.norm_output:
@@ -80,7 +82,7 @@ def dense_states(draft: Eagle3Draft, packed: PackedBin) -> list[Tensor]:
         embeds = draft.embed_tokens(packed.input_ids[(index + step).clamp(max=num_tokens - 1)])
         rotation = draft.rotary(packed.position_ids[:num_tokens] + step, hidden.dtype)
         mask = torch.cat([causal, *[torch.eye(num_tokens, dtype=torch.bool)] * step], dim=1)
-        for number, layer in enumerate(draft.layers):
+        for number, layer in enumerate(draft.decoder_layers):
             x, residual = layer.prepare(hidden, embeds)
             new_keys, new_values = layer.self_attn.project_keys_values(x, rotation)
             keys[number].append(new_keys)
@@ -136,7 +138,7 @@ def test_loss_and_every_gradient_equal_the_dense_oracle(num_layers: int, options
     found_grads = torch.autograd.grad(found, list(trained.values()))
     expected_grads = torch.autograd.grad(expected, list(trained.values()))
     for name, found_grad, expected_grad in zip(trained, found_grads, expected_grads, strict=True):
-        torch.testing.assert_close(found_grad, expected_grad, rtol=1e-8, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(found_grad, expected_grad, rtol=1e-8, atol=1e-10, msg=name)
 
 
 def test_an_empty_bin_gives_every_parameter_a_zero_gradient() -> None:
@@ -157,7 +159,9 @@ def test_an_empty_bin_gives_every_parameter_a_zero_gradient() -> None:
             assert parameter.grad is not None and not parameter.grad.any(), name
 
 
-@pytest.mark.parametrize("rope", [{"rope_type": "default", "rope_theta": 123.0}, ROPE | {"original_max_position_embeddings": 64}])
+@pytest.mark.parametrize(
+    "rope", [{"rope_type": "default", "rope_theta": 123.0}, ROPE | {"original_max_position_embeddings": 64}]
+)
 def test_rotary_angles_equal_transformers(rope: dict[str, float]) -> None:
     layer = LlamaConfig(hidden_size=32, num_attention_heads=4, head_dim=8, rope_parameters=rope)
     positions = torch.tensor([0, 1, 17, 300])

@@ -6,7 +6,9 @@ import torch
 from eagle3_ray.model.layout import build_layout
 
 
-def brute_force(document_ids: list[int], mask: list[bool], num_steps: int) -> tuple[set[tuple[int, int, int]], set[int]]:
+def brute_force(
+    document_ids: list[int], mask: list[bool], num_steps: int
+) -> tuple[set[tuple[int, int, int]], set[int]]:
     """All (step, index, target) that count, and the indexes among them."""
     counted = {
         (step, index, index + step)

@@ -62,7 +62,7 @@ def test_ranks_that_share_the_bins_equal_one_rank(
     np.testing.assert_allclose(losses, one_losses, rtol=1e-5)  # float32, sums in another order
     for name, weight in one_weights.items():
         # Adam divides by the gradient's own size: where that is near 0, rounding moves a weight by up to lr.
-        torch.testing.assert_close(weights[name], weight, rtol=1e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(weights[name], weight, rtol=1e-4, atol=2e-5, msg=name)
 
 
 def train_golden(num_steps: int) -> list[float]:
@@ -108,7 +108,9 @@ def losses_of_version(version: int) -> list[float]:
 
 
 def test_v0_and_v1_of_the_same_samples_give_the_same_losses(alone: dict[str, Any]) -> None:
-    np.testing.assert_allclose(alone["v0"], alone["v1"], rtol=4e-3)  # v0's last state was rounded to bf16 after the norm, v1's before
+    np.testing.assert_allclose(
+        alone["v0"], alone["v1"], rtol=4e-3
+    )  # v0's last state was rounded to bf16 after the norm, v1's before
 
 
 def weights_after_a_bad_bin() -> tuple[str, bool, float]:

@@ -34,16 +34,17 @@ def load_weights(case: str = "one_layer") -> dict[str, Tensor]:
 
 
 def load_mapping() -> VocabMapping:
-    return VocabMapping(
-        torch.from_numpy(np.load(PARITY / "d2t.npy")), torch.from_numpy(np.load(PARITY / "t2d.npy"))
-    )
+    return VocabMapping(torch.from_numpy(np.load(PARITY / "d2t.npy")), torch.from_numpy(np.load(PARITY / "t2d.npy")))
 
 
 def load_bins(version: int = 1) -> list[PackedBin]:
     """Two bins of 192: samples 0 and 1, and sample 2 alone."""
     spec = SPEC if version == 1 else SPEC_V0
     samples = [read_sample(str(PARITY / f"v{version}" / f"data_{i}.pt"), spec) for i in range(3)]
-    return [pack_samples(samples[:2], 192, spec, number=0, row=0), pack_samples(samples[2:], 192, spec, number=1, row=1)]
+    return [
+        pack_samples(samples[:2], 192, spec, number=0, row=0),
+        pack_samples(samples[2:], 192, spec, number=1, row=1),
+    ]
 
 
 def filler() -> PackedBin:
@@ -54,7 +55,9 @@ def load_target_head(is_normed: bool = False) -> TargetHead:
     info = read_verifier_config(str(PARITY / "verifier"))
     tensors = load_verifier_tensors(info)
     kept = torch.from_numpy(np.load(PARITY / "t2d.npy"))
-    return TargetHead(tensors.lm_head.float()[kept], None if is_normed else tensors.final_norm.float(), info.rms_norm_eps)
+    return TargetHead(
+        tensors.lm_head.float()[kept], None if is_normed else tensors.final_norm.float(), info.rms_norm_eps
+    )
 
 
 def build_draft(case: str = "one_layer", dtype: torch.dtype = torch.float32) -> Eagle3Draft:
