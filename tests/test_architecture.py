@@ -35,9 +35,10 @@ LAYERS: dict[str, set[str]] = {
     },
     "training.run_folder": {"errors"},
     "generation": {"generation", "model", "data", "config", "errors"},
+    "demo": {"demo", "errors"},
     "export": {"model", "data.vocab", "training.checkpoint", "training.run_folder", "speculators_format", "errors"},
     "jobs": {
-        *("", "jobs", "training", "generation", "export", "model", "data"),
+        *("", "jobs", "training", "generation", "export", "demo", "model", "data"),
         *("config", "errors", "loggers", "metrics", "settings_file", "speculators_format", "versions"),
     },
 }
@@ -49,7 +50,7 @@ LIBRARIES: dict[str, set[str]] = {
         *("training.job", "training.loop", "training.progress", "training.rank"),
     },
     "torch.distributed.fsdp": {"training.sharding"},
-    "transformers": {"model", "generation", "jobs"},
+    "transformers": {"model", "generation", "demo", "jobs"},
     "wandb": {"loggers"},
     "trackio": {"loggers"},
     "torch.utils.tensorboard": {"loggers"},

@@ -108,13 +108,15 @@ def cluster_resources() -> dict[str, float]:
     return {name: float(number) for name, number in ray.cluster_resources().items()}
 
 
-def choose_workers(num_workers: int | None, use_gpu: bool | None, cpus_per_worker: int = 1) -> WorkerRequest:
+def choose_workers(num_workers: int | None, use_gpu: bool | None) -> WorkerRequest:
     """Fill in what was not asked for from what the cluster has, and check that it fits.
 
     Args:
         num_workers: ranks. Default: every GPU, or 1 on CPUs.
         use_gpu: default: if the cluster has any.
-        cpus_per_worker: CPUs each worker reserves.
+
+    Returns:
+        One CPU a worker beside its GPU; without GPUs, as many CPUs a worker as the cluster has for all of them.
 
     Raises:
         ClusterError: As in `check_workers_fit`.
@@ -124,8 +126,17 @@ def choose_workers(num_workers: int | None, use_gpu: bool | None, cpus_per_worke
         use_gpu = num_gpus > 0
     if num_workers is None:
         num_workers = max(num_gpus, 1) if use_gpu else 1
-    check_workers_fit(num_workers, use_gpu, cpus_per_worker)
-    return WorkerRequest(num_workers, use_gpu, cpus_per_worker)
+    check_workers_fit(num_workers, use_gpu, cpus_per_worker=1)
+    return WorkerRequest(num_workers, use_gpu, 1 if use_gpu else most_cpus_per_worker(num_workers))
+
+
+def most_cpus_per_worker(num_workers: int) -> int:
+    """Return how many CPUs each of some workers can have, at least 1: they compute with as many threads."""
+    nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    for cpus in range((sum(nodes) - CPUS_FOR_TASKS) // num_workers, 1, -1):
+        if sum(node // cpus for node in nodes) >= num_workers:
+            return cpus
+    return 1
 
 
 def check_workers_fit(num_workers: int, use_gpu: bool, cpus_per_worker: int) -> None:

@@ -17,7 +17,8 @@ def raise_cause(error: BaseException) -> NoReturn:
     """
     chain = list(_iter_causes(error))
     for cause in chain:
-        if isinstance(cause, Eagle3RayError):
+        # Ray's wrapper around a task's error is an instance of the error's class too, with a traceback for a text.
+        if isinstance(cause, Eagle3RayError) and not isinstance(cause, RayTaskError):
             raise cause from error
     lost = [cause for cause in chain if isinstance(cause, RayError) and not isinstance(cause, RayTaskError)]
     if lost:

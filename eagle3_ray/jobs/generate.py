@@ -268,8 +268,8 @@ def print_result(job: GenerateJob, tally: Tally, num_supervised: int) -> None:
     """Tell what was done and what was left out."""
     settings = job.settings
     if tally.num_untrainable:
-        print(f"left out      {tally.num_untrainable:,} conversations without a supervised token")
+        print(f"left out      {tally.num_untrainable:,} without a supervised token")
     if tally.num_cut:
-        print(f"cut           {tally.num_cut:,} samples at {settings.max_seq_len:,} tokens")
+        print(f"cut           {tally.num_cut:,} at {settings.max_seq_len:,} tokens")
     print(f"supervised    {int(tally.counts.sum()):,} tokens, {num_supervised:,} of them new")
     print(f"wrote         {settings.output_path}")

@@ -1,5 +1,6 @@
 """What one rank holds while it trains, and how it comes to hold it."""
 
+import os
 from dataclasses import dataclass
 
 import ray
@@ -63,6 +64,8 @@ def start_rank(job: TrainJob) -> Rank:
     """
     settings, number = job.settings, dist.get_rank()
     device = ray.train.torch.get_device()
+    # A local Ray may have one CPU more than the machine, for the tasks beside the workers.
+    torch.set_num_threads(min(torch.get_num_threads(), os.cpu_count() or 1))
     compute_dtype = resolve_compute_dtype(settings.precision, device)
     tensors = load_verifier_tensors(job.verifier)
     weights = initial_weights(job.draft_config, tensors, job.mapping.kept_ids, settings.seed) if number == 0 else None

@@ -9,69 +9,23 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
 
 from eagle3_ray import cli
-from eagle3_ray.config import GenerateSettings
-from eagle3_ray.data.samples import Sample, SampleSpec, read_sample
 from eagle3_ray.errors import ClusterError, DataError, Eagle3RayError, VerifierError
 from eagle3_ray.generation.output_folder import read_data_config
-from eagle3_ray.jobs import generate
-from eagle3_ray.model.verifier import load_final_norm, read_verifier_config
-from tests.unit.generation.world import VOCAB_SIZE, make_tokenizer, write_verifier
+from tests.unit.generation.world import (
+    HIDDEN_SIZE,
+    MAX_SEQ_LEN,
+    UNTRAINABLE_LINE,
+    VOCAB_SIZE,
+    World,
+    make_line,
+    make_tokenizer,
+    trainable,
+    write_verifier,
+)
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
-
-NUM_LINES = 24
-BLANK_LINE, UNTRAINABLE_LINE, TEXT_LINE = 5, 9, 12  # counted from 1
-MAX_SEQ_LEN = 60
-HIDDEN_SIZE = 32
-
-
-def make_line(number: int) -> str:
-    if number == BLANK_LINE:
-        return ""
-    if number == UNTRAINABLE_LINE:
-        return json.dumps({"messages": [{"role": "user", "content": "Hello?"}]})
-    if number == TEXT_LINE:
-        return json.dumps({"text": "Hello there, how are you today? " * 2})
-    words = "I am fine, thank you. " * (1 + 7 * number % 5)
-    turns = [{"from": "human", "value": f"Why {number}?"}, {"from": "gpt", "value": words.strip()}]
-    return json.dumps({"conversations": turns * (1 + number % 2)})
-
-
-class World:
-    """A verifier, conversations and settings in a folder of their own."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.verifier_path, self.conversations_path = folder / "verifier", folder / "c.jsonl"
-        self.output_path = folder / "data"
-        self.model: LlamaForCausalLM = write_verifier(self.verifier_path)
-        self.conversations_path.write_text("\n".join(make_line(number) for number in range(1, NUM_LINES + 1)))
-
-    def run(self, **changes: Any) -> None:
-        settings: dict[str, Any] = {
-            "verifier_name_or_path": str(self.verifier_path),
-            "conversations_path": self.conversations_path,
-            "output_path": self.output_path,
-            "max_seq_len": MAX_SEQ_LEN,
-            "batch_tokens": 150,
-            "num_workers": 2,
-        }
-        generate.run(GenerateSettings(**(settings | changes)))
-
-    def read(self, number: int) -> Sample:
-        spec = SampleSpec(
-            1, HIDDEN_SIZE, 3, VOCAB_SIZE, load_final_norm(read_verifier_config(str(self.verifier_path))), 1e-6
-        )
-        return read_sample(str(self.output_path / f"data_{number}.pt"), spec)
-
-    def times(self) -> dict[str, int]:
-        return {path.name: path.stat().st_mtime_ns for path in self.output_path.glob("data_*.pt")}
-
-    def files(self) -> dict[str, bytes]:
-        return {path.name: path.read_bytes() for path in self.output_path.iterdir()}
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +40,6 @@ def world(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> World:
 def small(tmp_path: Path) -> World:
     """Of a test's own, not generated yet."""
     return World(tmp_path)
-
-
-def trainable() -> list[int]:
-    return [number - 1 for number in range(1, NUM_LINES + 1) if number not in (BLANK_LINE, UNTRAINABLE_LINE)]
 
 
 def test_every_trainable_line_has_the_file_of_its_number_and_nothing_is_left_over(world: World) -> None:

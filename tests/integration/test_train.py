@@ -278,7 +278,7 @@ def test_a_sample_with_nan_ends_the_run_by_name(folder: Path) -> None:
 
 
 def test_more_workers_than_the_cluster_holds_is_refused_at_once(folder: Path) -> None:
-    with pytest.raises(ClusterError, match=r"9 workers need .* the cluster has 4 CPUs") as caught:
+    with pytest.raises(ClusterError, match=r"9 workers would take .* the cluster has 4 CPUs") as caught:
         run(make_settings(folder, num_workers=9))
     assert caught.value.exit_code == 5
     with pytest.raises(ClusterError, match="0 GPUs"):

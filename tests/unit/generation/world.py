@@ -1,12 +1,20 @@
 """A verifier small enough for tests: random weights, a byte-level BPE tokenizer trained on the spot, chat templates."""
 
 import functools
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from eagle3_ray.config import GenerateSettings
+from eagle3_ray.data.samples import Sample, SampleSpec, read_sample
+from eagle3_ray.jobs import generate
+from eagle3_ray.model.verifier import load_final_norm, read_verifier_config
+
+HIDDEN_SIZE = 32
 SPECIAL_TOKENS = ["<s>", "<|im_start|>", "<|im_end|>"]
 VOCAB_SIZE = 320
 TRAINING_TEXT = ["Hello there, how are you today? I am fine, thank you. Why do you ask? Because."] * 3
@@ -66,7 +74,7 @@ def make_model(num_layers: int = 7, seed: int = 0, dtype: torch.dtype = torch.fl
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
-        hidden_size=32,
+        hidden_size=HIDDEN_SIZE,
         intermediate_size=48,
         num_hidden_layers=num_layers,
         num_attention_heads=4,
@@ -90,3 +98,58 @@ def write_verifier(
     model.save_pretrained(folder)
     make_tokenizer(chat_template).save_pretrained(folder)
     return model
+
+
+NUM_LINES = 24
+BLANK_LINE, UNTRAINABLE_LINE, TEXT_LINE = 5, 9, 12  # counted from 1
+MAX_SEQ_LEN = 60
+
+
+def make_line(number: int) -> str:
+    if number == BLANK_LINE:
+        return ""
+    if number == UNTRAINABLE_LINE:
+        return json.dumps({"messages": [{"role": "user", "content": "Hello?"}]})
+    if number == TEXT_LINE:
+        return json.dumps({"text": "Hello there, how are you today? " * 2})
+    words = "I am fine, thank you. " * (1 + 7 * number % 5)
+    turns = [{"from": "human", "value": f"Why {number}?"}, {"from": "gpt", "value": words.strip()}]
+    return json.dumps({"conversations": turns * (1 + number % 2)})
+
+
+class World:
+    """A verifier, conversations and settings in a folder of their own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.verifier_path, self.conversations_path = folder / "verifier", folder / "c.jsonl"
+        self.output_path = folder / "data"
+        self.model: LlamaForCausalLM = write_verifier(self.verifier_path)
+        self.conversations_path.write_text("\n".join(make_line(number) for number in range(1, NUM_LINES + 1)))
+
+    def run(self, **changes: Any) -> None:
+        settings: dict[str, Any] = {
+            "verifier_name_or_path": str(self.verifier_path),
+            "conversations_path": self.conversations_path,
+            "output_path": self.output_path,
+            "max_seq_len": MAX_SEQ_LEN,
+            "batch_tokens": 150,
+            "num_workers": 2,
+        }
+        generate.run(GenerateSettings(**(settings | changes)))
+
+    def read(self, number: int) -> Sample:
+        spec = SampleSpec(
+            1, HIDDEN_SIZE, 3, VOCAB_SIZE, load_final_norm(read_verifier_config(str(self.verifier_path))), 1e-6
+        )
+        return read_sample(str(self.output_path / f"data_{number}.pt"), spec)
+
+    def times(self) -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in self.output_path.glob("data_*.pt")}
+
+    def files(self) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in self.output_path.iterdir()}
+
+
+def trainable() -> list[int]:
+    return [number - 1 for number in range(1, NUM_LINES + 1) if number not in (BLANK_LINE, UNTRAINABLE_LINE)]

@@ -66,10 +66,13 @@ def test_workers_are_chosen_by_what_the_cluster_has(monkeypatch: pytest.MonkeyPa
     _pretend(monkeypatch, (8, 2), (8, 2))
     assert choose_workers(None, None) == WorkerRequest(4, True, 1)
     assert choose_workers(2, None) == WorkerRequest(2, True, 1)
-    assert choose_workers(None, False) == WorkerRequest(1, False, 1)
-    assert choose_workers(3, False, cpus_per_worker=4) == WorkerRequest(3, False, 4)
+    assert choose_workers(None, False) == WorkerRequest(1, False, 8)  # both nodes' CPUs cannot serve one worker
     _pretend(monkeypatch, (8, 0))
-    assert choose_workers(None, None) == WorkerRequest(1, False, 1)
+    assert choose_workers(None, None) == WorkerRequest(1, False, 7)  # one is left for the tasks
+    assert choose_workers(2, None) == WorkerRequest(2, False, 3)
+    assert choose_workers(7, None) == WorkerRequest(7, False, 1)
+    _pretend(monkeypatch, (4, 0), (4, 0), (2, 0))
+    assert choose_workers(3, None) == WorkerRequest(3, False, 2)  # 9 // 3 would fit on two nodes only
     with pytest.raises(ClusterError, match=r"1 worker would take .* and 1 GPU .* has 8 CPUs and 0 GPUs"):
         choose_workers(None, True)
 

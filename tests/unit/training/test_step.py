@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from eagle3_ray.errors import NonFiniteError
 from eagle3_ray.model.layout import build_layout
+from eagle3_ray.model.loss import TargetHead
 from eagle3_ray.training.optim import build_optimizer, learning_rate, set_learning_rate, warmup_steps
 from eagle3_ray.training.sharding import gather_weights
 from eagle3_ray.training.step import add_noise, eval_step, prepare_inputs, sum_over_ranks, train_step
@@ -89,6 +91,7 @@ def find_out_alone() -> dict[str, Any]:
         "v1": losses_of_version(1),
         "v0": losses_of_version(0),
         "bad": weights_after_a_bad_bin(),
+        "bf16": train_in_bf16(),
     }
 
 
@@ -133,6 +136,30 @@ def weights_after_a_bad_bin() -> tuple[str, bool, float]:
 def test_a_gradient_that_is_not_finite_updates_nothing_and_leaves_no_trace(alone: dict[str, Any]) -> None:
     text, unchanged, next_norm = alone["bad"]
     assert "gradient norm is" in text and unchanged and math.isfinite(next_norm)
+
+
+def train_in_bf16() -> tuple[float, float, set[torch.dtype], bool]:
+    """First loss, last loss, dtypes of the trained weights, and whether a norm has moved, under bf16 compute."""
+    draft = build_draft(dtype=torch.bfloat16)
+    head = load_target_head()
+    assert head.norm_weight is not None
+    head = TargetHead(head.weight.bfloat16(), head.norm_weight.bfloat16(), head.eps)
+    settings = replace(step_settings(), compute_dtype=torch.bfloat16)
+    optimizer = build_optimizer(draft.parameters(), 0.0, CPU)
+    losses = []
+    for _ in range(6):
+        set_learning_rate(optimizer, 1e-3)
+        sums, _ = train_step(draft, optimizer, head, load_bins(), 0, settings)
+        losses.append(float((sums[0] / sums[1]).sum()))
+    weights = gather_weights(draft, torch.float32)
+    moved = not torch.all(weights["norm.weight"] == 1)
+    return losses[0], losses[-1], {p.dtype for p in draft.parameters() if p.requires_grad}, moved
+
+
+def test_bf16_compute_keeps_fp32_masters_and_starts_at_the_fp32_loss(alone: dict[str, Any]) -> None:
+    first, last, dtypes, norm_moved = alone["bf16"]
+    assert first == pytest.approx(alone["golden"][0], rel=0.02)  # bf16 has 8 bits; the golden run has noise
+    assert last < 0.5 * first and dtypes == {torch.float32} and norm_moved
 
 
 def noisy_inputs(seed_epoch: int, bin_number: int) -> tuple[Tensor, Tensor, Tensor]:
