@@ -3,7 +3,7 @@
 import contextlib
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import ray.train
@@ -44,12 +44,12 @@ def run_rank(job: TrainJob) -> None:
             is_last, is_epoch_end = rank.step == job.stop_step, rank.step % job.schedule.steps_per_epoch == 0
             if is_last or is_epoch_end or is_due(rank.step, job.settings.log_every_steps):
                 log_progress(rank)
-            if is_last or is_epoch_end:
-                rank.metrics |= validate(rank)
             if is_epoch_end:
-                save(rank, epoch_folder(rank.step // job.schedule.steps_per_epoch - 1))
-            elif is_last or is_due(rank.step, job.settings.checkpoint_every_steps):
-                save(rank, step_folder(rank.step))
+                save(rank, epoch_folder(rank.step // job.schedule.steps_per_epoch - 1), validate(rank))
+            elif is_last:
+                save(rank, step_folder(rank.step), validate(rank))
+            elif is_due(rank.step, job.settings.checkpoint_every_steps):
+                save(rank, step_folder(rank.step), {})
             rank.meter.restart_clock()
 
 
@@ -135,16 +135,17 @@ def record_untrained(rank: Rank) -> None:
     rank.meter.restart_clock()
 
 
-def save(rank: Rank, name: str) -> None:
+def save(rank: Rank, name: str, validation: Mapping[str, float]) -> None:
     """Store a checkpoint through Ray Train, and mark it as whole once it is. collective.
 
     `report` returns before Ray's own commit; a worker killed in between would lose the checkpoint, so the marker
     waits for it.
     """
     job, path = rank.job, rank.job.save_dir / name
+    metrics = {**rank.metrics, **validation}
     record = {
         "step": rank.step,
-        "metrics": rank.metrics,
+        "metrics": metrics,
         "identity": dict(job.identity),
         "settings": job.settings.model_dump(mode="json"),
         "num_workers": job.schedule.num_workers,
@@ -152,10 +153,10 @@ def save(rank: Rank, name: str) -> None:
     }
     with tempfile.TemporaryDirectory(prefix="eagle3-checkpoint-") as folder:
         write_checkpoint(Path(folder), rank.draft, rank.optimizer, job.mapping, record)
-        ray.train.report(rank.metrics, Checkpoint.from_directory(folder), checkpoint_dir_name=name)
+        ray.train.report(metrics, Checkpoint.from_directory(folder), checkpoint_dir_name=name)
         ray.train.get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)
     if rank.is_first:
         commit(path, rank.step)
         point_best(job.save_dir)
         epoch = (rank.step - 1) // job.schedule.steps_per_epoch
-        job.progress.send(Note(describe_epoch(epoch, job.settings.epochs, rank.step, rank.metrics, str(path))))
+        job.progress.send(Note(describe_epoch(epoch, job.settings.epochs, rank.step, metrics, str(path))))

@@ -31,7 +31,7 @@ class Rank:
     Attributes:
         step: Optimizer updates done, over all epochs and restarts.
         grad_norm: Of the last update, before clipping.
-        metrics: Of the last logged point and the last validation.
+        metrics: Of the last logged point.
     """
 
     number: int
