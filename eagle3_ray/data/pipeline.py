@@ -119,18 +119,18 @@ def build_bin_dataset(
     rows_per_task = ROWS_PER_TASK if pack_in == "task" else ROW_NUMBERS_PER_TASK
     dataset = ray.data.range(num_rows, override_num_blocks=-(-num_rows // rows_per_task))
 
-    def emit_rows(batch: dict[str, NDArray[Any]]) -> Iterator[dict[str, NDArray[Any]]]:
-        rows = batch["id"] + start
-        if pack_in == "worker":
-            for row in rows:
-                yield {"row": np.array([row])}
-            return
+    # Two functions, and nothing of this module in the first: a task that deals in numbers alone imports no torch.
+    def emit_numbers(batch: dict[str, NDArray[Any]]) -> Iterator[dict[str, NDArray[Any]]]:
+        for row in batch["id"]:
+            yield {"row": np.array([start + row])}
+
+    def emit_bins(batch: dict[str, NDArray[Any]]) -> Iterator[dict[str, NDArray[Any]]]:
         torch.set_num_threads(1)
         reader = RowReader(_get_source(source_ref), schedule)
-        for row in rows.tolist():
-            yield _to_columns(reader.read_row(row))
+        for row in batch["id"]:
+            yield _to_columns(reader.read_row(int(start + row)))
 
-    return dataset.map_batches(emit_rows, batch_size=rows_per_task)
+    return dataset.map_batches(emit_bins if pack_in == "task" else emit_numbers, batch_size=rows_per_task)
 
 
 def bin_execution_options() -> ExecutionOptions:

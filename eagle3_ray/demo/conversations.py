@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import BatchEncoding, LlamaForCausalLM, PreTrainedTokenizerFast
 
 TEMPERATURE = 0.7
 PROMPTS_PER_BATCH = 160
@@ -58,16 +58,21 @@ def to_record(prompt: str, answer: str) -> dict[str, list[dict[str, str]]]:
 
 
 def sample_answers(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: tuple[str, ...], max_new_tokens: int
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: tuple[str, ...],
+    max_new_tokens: int,
+    temperature: float = TEMPERATURE,
 ) -> list[str]:
     """Return the verifier's answer to each prompt, without special tokens."""
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
     inputs = tokenizer.apply_chat_template(
         chats, add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True
     )
+    assert isinstance(inputs, BatchEncoding)
     with torch.inference_mode():
-        output = model.generate(
-            **inputs, max_new_tokens=max_new_tokens, do_sample=True, temperature=TEMPERATURE, top_k=0, top_p=1.0
+        output = model.generate(  # type: ignore[misc]  # transformers' own annotation of `self`
+            **inputs, max_new_tokens=max_new_tokens, do_sample=True, temperature=temperature, top_k=0, top_p=1.0
         )
     answers: list[str] = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return answers

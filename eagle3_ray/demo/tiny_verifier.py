@@ -120,8 +120,7 @@ def make_verifier(verifier_dir: Path, corpus: Corpus, recipe: VerifierRecipe, se
         train_ids, held_out_ids = encode(tokenizer, corpus.train), encode(tokenizer, corpus.held_out)
         model = build_model(recipe, tokenizer, seed)
         train_model(model, cut_windows(train_ids, recipe.window_tokens), recipe, seed, report)
-        tokenizer.save_pretrained(work_dir)
-        model.to(torch.bfloat16).save_pretrained(work_dir)
+        save_folder(work_dir, tokenizer, model)
         windows = cut_windows(held_out_ids, recipe.window_tokens)[:MAX_HELD_OUT_WINDOWS]
         quality = Quality(
             num_train_tokens=recipe.num_steps * recipe.windows_per_step * recipe.window_tokens,
@@ -152,7 +151,9 @@ def read_quality(verifier_dir: Path, recipe: VerifierRecipe, seed: int) -> Quali
         raise UsageError(f"{verifier_dir}: expected a verifier this demo made, found no {QUALITY_FILE}. {advice}")
     record = json.loads(path.read_text(encoding="utf-8"))
     if record["recipe"] != dataclasses.asdict(recipe) or record["seed"] != seed:
-        raise UsageError(f"{verifier_dir}: was made with other settings (--short, --seed, or another version). {advice}")
+        raise UsageError(
+            f"{verifier_dir}: was made with other settings (--short, --seed, or another version). {advice}"
+        )
     measured = record["quality"]
     for name in ("verifier", "unigram", "uniform"):
         measured[name] = Predictions(**measured[name])
@@ -175,12 +176,22 @@ def train_tokenizer(passages: tuple[Passage, ...], vocab_size: int) -> PreTraine
         tokenizer_object=bpe,
         eos_token=END,
         pad_token=END,
-        additional_special_tokens=[USER, ASSISTANT],
         chat_template=CHAT_TEMPLATE,
         model_max_length=MAX_POSITIONS,
         clean_up_tokenization_spaces=False,
         padding_side="left",
     )
+
+
+def save_folder(folder: Path, tokenizer: PreTrainedTokenizerFast, model: LlamaForCausalLM) -> None:
+    """Write tokenizer and model, in bf16 from here on, under names that transformers 4 and 5 both know."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(
+        json.dumps(config | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2) + "\n", encoding="utf-8"
+    )
+    model.bfloat16().save_pretrained(folder)
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, passages: tuple[Passage, ...]) -> Tensor:

@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers.utils.logging import disable_progress_bar
+
 from eagle3_ray.config import DemoSettings, GenerateSettings, TrainSettings, VocabMappingSettings
 from eagle3_ray.demo.conversations import TEMPERATURE, write_conversations
 from eagle3_ray.demo.corpus import Corpus, build_corpus, read_documents
@@ -89,6 +91,7 @@ def run(settings: DemoSettings) -> None:
     plan = SHORT if settings.short else FULL
     folder = settings.output_path.resolve()
     folder.mkdir(parents=True, exist_ok=True)
+    disable_progress_bar()  # of transformers, for files that are written in no time
     started = time.monotonic()
     corpus = build_corpus(read_documents(), settings.seed)
     with announced("1/5 verifier", "trained on the documentation that comes with Python"):
@@ -98,7 +101,7 @@ def run(settings: DemoSettings) -> None:
     # One more CPU than there are, where need be: the demo's two workers also run on a single core.
     with ray_session(max(os.cpu_count() or 1, settings.num_workers) + CPUS_FOR_TASKS):
         with announced("3/5 generate", "the verifier's hidden states"):
-            generate.run(generate_settings(folder, settings.seed))
+            generate.run(generate_settings(folder))
         with announced("4/5 vocab-mapping", "the tokens the draft can say"):
             vocab_mapping.run(vocab_settings(folder, plan))
         with announced("5/5 train", f"the draft, on {settings.num_workers} workers"):
@@ -132,7 +135,9 @@ def prepare_verifier(folder: Path, plan: DemoPlan, corpus: Corpus, seed: int) ->
         quality = make_verifier(verifier_dir, corpus, plan.verifier, seed, progress.show)
     else:
         print(f"there already {verifier_dir}")
-    print(f"trained on    {quality.num_train_tokens:,} tokens; measured on {quality.num_held_out_tokens:,} held-out ones:")
+    print(
+        f"trained on    {quality.num_train_tokens:,} tokens; measured on {quality.num_held_out_tokens:,} held-out ones:"
+    )
     rows = {"verifier": quality.verifier, "token frequencies": quality.unigram, "any token": quality.uniform}
     for name, found in rows.items():
         print(f"  {name:<20} next token right {found.accuracy:6.1%}   loss {found.loss:.2f} nats")
@@ -157,9 +162,8 @@ def prepare_conversations(folder: Path, plan: DemoPlan, corpus: Corpus, seed: in
         print("\n".join(f"  {message['role'] if n == 0 else '':<10} | {line}" for n, line in enumerate(lines)))
 
 
-def generate_settings(folder: Path, seed: int) -> GenerateSettings:
+def generate_settings(folder: Path) -> GenerateSettings:
     """Return the settings of `generate`; the demo is one CPU run everywhere, whatever GPUs there are."""
-    del seed
     return GenerateSettings(
         verifier_name_or_path=str(folder / "verifier"),
         conversations_path=folder / "conversations.jsonl",
@@ -203,7 +207,7 @@ def train_settings(folder: Path, plan: DemoPlan, settings: DemoSettings) -> Trai
 def read_results(run_dir: Path) -> list[Metrics]:
     """Return what validation measured: of the untrained draft, then after each epoch."""
     untrained: Metrics = json.loads((run_dir / INITIAL_METRICS).read_text(encoding="utf-8"))
-    return [untrained, *(checkpoint.record["metrics"] for checkpoint in find_committed(run_dir))]
+    return [untrained, *(checkpoint.metrics for checkpoint in find_committed(run_dir))]
 
 
 def describe_results(results: list[Metrics]) -> str:
@@ -263,7 +267,8 @@ def check_gain(results: list[Metrics], plan: DemoPlan) -> None:
         problems.append(f"first drafted token right {last[FIRST_STEP]:.1%}, not more than after epoch 1")
     if problems:
         raise Eagle3RayError(
-            "the trained draft does not clearly beat the untrained one:\n  " + "\n  ".join(problems)
+            "the trained draft does not clearly beat the untrained one:\n  "
+            + "\n  ".join(problems)
             + "\nRemove the demo's folder and run it again; if this comes back, it is a bug."
         )
 
@@ -277,7 +282,9 @@ class Progress:
 
     def show(self, num_done: int, num_all: int, value: float = 0.0) -> None:
         """Show that `num_done` of `num_all` are done."""
-        text = f"  {self._unit} {num_done:,} of {num_all:,}" + (f"  {self._value_name} {value:.2f}" if self._value_name else "")
+        text = f"  {self._unit} {num_done:,} of {num_all:,}" + (
+            f"  {self._value_name} {value:.2f}" if self._value_name else ""
+        )
         fifth = num_done * 5 // num_all
         if sys.stdout.isatty():
             print(f"\r{text}", end="\n" if num_done == num_all else "", flush=True)

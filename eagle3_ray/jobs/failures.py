@@ -6,7 +6,23 @@ from typing import NoReturn
 import ray.train
 from ray.exceptions import RayError, RayTaskError
 
+# Ray Train has no public names for the ways in which it reports a worker that is gone.
+from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupFailedError,
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
+    WorkerHealthCheckTimeoutError,
+)
+
 from eagle3_ray.errors import ClusterError, Eagle3RayError
+
+LOST_WORKER = (
+    RayError,
+    WorkerGroupStartupFailedError,
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
+    WorkerHealthCheckTimeoutError,
+)
 
 
 def raise_cause(error: BaseException) -> NoReturn:
@@ -20,7 +36,7 @@ def raise_cause(error: BaseException) -> NoReturn:
         # Ray's wrapper around a task's error is an instance of the error's class too, with a traceback for a text.
         if isinstance(cause, Eagle3RayError) and not isinstance(cause, RayTaskError):
             raise cause from error
-    lost = [cause for cause in chain if isinstance(cause, RayError) and not isinstance(cause, RayTaskError)]
+    lost = [cause for cause in chain if isinstance(cause, LOST_WORKER) and not isinstance(cause, RayTaskError)]
     if lost:
         raise ClusterError(
             f"a worker was lost: {lost[0]}\n"

@@ -177,7 +177,7 @@ def generate_samples(job: GenerateJob, workers: WorkerRequest, tally: Tally, bat
     dataset = ray.data.from_arrow_refs(batches)
     dataset.context.enable_progress_bars = sys.stderr.isatty()
     dataset.context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     dataset.context.execution_no_progress_timeout_s = -1  # loading a big verifier may take longer than the default
     results = dataset.map_batches(
         VerifierActor,
@@ -187,6 +187,7 @@ def generate_samples(job: GenerateJob, workers: WorkerRequest, tally: Tally, bat
         compute=ray.data.ActorPoolStrategy(size=min(workers.num_workers, len(batches))),
         num_cpus=workers.cpus_per_worker,
         num_gpus=1 if workers.use_gpu else 0,
+        max_restarts=0,  # Ray Data's own default restarts for ever one that memory kills; typing the command again is cheap
     )
     written: list[int] = []
     result: Any

@@ -7,8 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    StrictDataclassError,
+)
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import CONFIG_MAPPING
@@ -22,7 +28,15 @@ NEEDED_FIELDS = (
 )  # fmt: skip
 # What these change between the last hidden state and the logits is not modelled here: training against
 # the wrong target shows no error, so they are refused.
-LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+LOGIT_TRANSFORMS = (
+    "final_logit_softcapping", "output_logit_soft_cap", "logit_scale", "logits_scaling", "lm_head_multiplier",
+    "output_multiplier",
+)  # fmt: skip
+# Families whose final norm multiplies by 1 + w (some scale the embedding too), by how their model_type begins.
+OTHER_NORMS = (
+    "gemma", "vaultgemma", "recurrent_gemma", "t5gemma", "qwen3_next", "qwen3_5", "qwen4_exp", "minimax_m3", "step3p",
+    "muse_glimmer",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -120,13 +134,18 @@ def read_verifier_config(name_or_path: str) -> VerifierInfo:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise VerifierError(f"{path}: not a readable JSON file ({error}).") from error
-    text_config = _fill_in_defaults(config.get("text_config", config))
+    if not isinstance(config, dict):
+        raise VerifierError(f"{path}: holds a {type(config).__name__}, expected the object of a transformers config.")
+    try:
+        text_config = _fill_in_defaults(config.get("text_config", config))
+    except (StrictDataclassError, KeyError, TypeError, ValueError) as error:
+        raise VerifierError(f"{path}: not a config that transformers accepts ({error}).") from error
     if "tie_word_embeddings" in config:
         text_config["tie_word_embeddings"] = config["tie_word_embeddings"]
     problems = [f"no {key}" for key in NEEDED_FIELDS if key not in text_config]
     model_type = str(text_config.get("model_type", ""))
-    if model_type.startswith("gemma"):
-        problems.append(f"model_type {model_type}: its (1 + w) norm and scaled embedding are not supported")
+    if model_type.startswith(OTHER_NORMS):
+        problems.append(f"model_type {model_type}: its family's norms (1 + w) and embeddings are not supported")
     for key in LOGIT_TRANSFORMS:
         if text_config.get(key) not in (None, 1, 1.0):
             problems.append(f"{key}={text_config[key]} changes the logits and is not supported")
@@ -208,7 +227,7 @@ def _read_tensor_names(name_or_path: str) -> dict[str, str]:
     if index_path is not None:
         try:
             return dict(json.loads(index_path.read_text(encoding="utf-8"))["weight_map"])
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise VerifierError(f"{index_path}: no usable weight_map ({error!r}).") from error
     path = _resolve_file(name_or_path, SINGLE_FILE)
     if path is None:
@@ -246,6 +265,9 @@ def _resolve_file(name_or_path: str, file_name: str) -> Path | None:
     try:
         return Path(hf_hub_download(name_or_path, file_name))
     except LocalEntryNotFoundError as error:
+        # Without the hub, a file that the repository never had looks like one that was never fetched.
+        if file_name == INDEX_FILE and isinstance(try_to_load_from_cache(name_or_path, SINGLE_FILE), str):
+            return None
         raise VerifierError(
             f"{name_or_path}: not a folder here, and the hub cannot be reached for {file_name}."
         ) from error

@@ -1,0 +1,99 @@
+"""What the user is shown when a run fails: our own error, a lost worker as such, and a bug as it is."""
+
+import pickle
+
+import pytest
+import ray.train
+from ray.exceptions import ActorDiedError, OutOfMemoryError, RayTaskError
+from ray.train.v2._internal.exceptions import (
+    UserExceptionWithTraceback,
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
+    WorkerHealthCheckTimeoutError,
+)
+
+from eagle3_ray.errors import ClusterError, SampleFormatError
+from eagle3_ray.jobs.failures import raise_cause
+
+OURS = SampleFormatError("data_1.pt: aux state 1 has NaN")
+
+
+def of_task(cause: Exception) -> RayTaskError:
+    """A task's error as a caller gets it: an instance of the cause's class too, with a traceback for a text."""
+    return RayTaskError("work", "Traceback (most recent call last):\n  ...\n", cause).as_instanceof_cause()
+
+
+def of_ranks(**failures: Exception) -> ray.train.WorkerGroupError:
+    """The failures of ranks `r0`, `r1`, ... as `fit` raises them, sent from another process."""
+    ranks = {int(name[1:]): failure for name, failure in failures.items()}
+    sent: ray.train.WorkerGroupError = pickle.loads(pickle.dumps(ray.train.WorkerGroupError("rank failed", ranks)))
+    return sent
+
+
+def caused_by(cause: Exception) -> RuntimeError:
+    error = RuntimeError("around it")
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OURS,
+        caused_by(OURS),
+        of_task(OURS),
+        of_ranks(r0=OURS),
+        of_ranks(r0=of_task(OURS)),
+        of_ranks(r0=RuntimeError("connection closed by peer"), r1=OURS),
+        of_ranks(r0=WorkerHealthCheckFailedError("gone", ActorDiedError()), r1=OURS),
+        ray.train.ControllerError(OURS),
+        ray.train.ControllerError(of_task(OURS)),
+        ray.train.ControllerError(of_ranks(r0=caused_by(OURS))),
+        of_ranks(r3=ray.train.ControllerError(of_task(caused_by(of_task(OURS))))),
+    ],
+    ids=range(11),
+)
+def test_our_error_is_raised_with_its_own_text_however_deep_it_lies(error: BaseException) -> None:
+    with pytest.raises(SampleFormatError) as caught:
+        raise_cause(error)
+    assert type(caught.value) is SampleFormatError and str(caught.value) == str(OURS)
+    assert caught.value.exit_code == 3
+
+
+def test_of_several_ranks_the_first_is_shown() -> None:
+    with pytest.raises(SampleFormatError, match="rank one"):
+        raise_cause(of_ranks(r2=SampleFormatError("rank two"), r1=SampleFormatError("rank one")))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        of_ranks(r0=RuntimeError("connection closed by peer"), r1=WorkerHealthCheckFailedError("x", ActorDiedError())),
+        of_ranks(r0=WorkerHealthCheckTimeoutError("no answer")),
+        of_ranks(r0=OutOfMemoryError("killed")),
+        ray.train.ControllerError(WorkerGroupStartupTimeoutError(4)),
+        ray.train.ControllerError(ActorDiedError()),
+        ActorDiedError(),
+    ],
+    ids=range(6),
+)
+def test_a_lost_worker_is_a_cluster_error_that_says_how_to_go_on(error: BaseException) -> None:
+    with pytest.raises(ClusterError, match=r"a worker was lost: (?s:.)+Type the same command.+--max-failures") as caught:
+        raise_cause(error)
+    assert caught.value.exit_code == 5 and caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ZeroDivisionError("bug"),
+        of_ranks(r0=ZeroDivisionError("bug"), r1=KeyError("bug")),
+        of_task(ZeroDivisionError("bug")),
+        ray.train.ControllerError(UserExceptionWithTraceback(ZeroDivisionError("bug"), "Traceback ...")),
+    ],
+    ids=range(4),
+)
+def test_a_bug_is_raised_as_it_is(error: BaseException) -> None:
+    with pytest.raises(type(error)) as caught:
+        raise_cause(error)
+    assert caught.value is error
