@@ -81,7 +81,7 @@ class VerifierInfo:
         """
         num_layers = self.num_layers
         ids = (2, num_layers // 2, num_layers - 3)
-        if len(set(ids)) < len(ids) or min(ids) < 0:
+        if list(ids) != sorted(set(ids)) or min(ids) < 0:
             raise VerifierError(
                 f"{self.name_or_path}: has {num_layers} layers; the default auxiliary layers {list(ids)} are distinct "
                 "only from 7 layers on. Name them with --aux-layer-ids."
@@ -92,16 +92,17 @@ class VerifierInfo:
         """Check auxiliary layer ids in serving numbering (id k is what enters layer k).
 
         Raises:
-            VerifierError: An id repeats (engines collect it once) or lies outside 0..num_layers.
+            VerifierError: The ids do not rise (engines collect each once, in that order), or lie outside 0..num_layers.
         """
-        if len(set(ids)) < len(ids):
+        if list(ids) != sorted(set(ids)):
             raise VerifierError(
-                f"auxiliary layers {list(ids)}: an id repeats; engines collect it once. Give distinct ids."
+                f"auxiliary layers {list(ids)}: must rise, none twice; engines collect each once, in rising order."
             )
         outside = [i for i in ids if not 0 <= i <= self.num_layers]
         if outside or not ids:
             raise VerifierError(
-                f"auxiliary layers {list(ids)}: {outside or 'none given'}; ids of {self.name_or_path} go from 0 to {self.num_layers}."
+                f"auxiliary layers {list(ids)}: {outside or 'none given'}; "
+                f"ids of {self.name_or_path} go from 0 to {self.num_layers}."
             )
 
 

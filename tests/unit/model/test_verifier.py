@@ -375,13 +375,14 @@ def test_a_verifier_of_fewer_than_seven_layers_needs_its_layers_named(num_layers
 @pytest.mark.parametrize(
     ("ids", "expected"),
     [
-        ((1, 2, 2), r"\[1, 2, 2\]: an id repeats; engines collect it once"),
+        ((1, 2, 2), r"\[1, 2, 2\]: must rise, none twice; engines collect each once"),
+        ((5, 2, 3), r"\[5, 2, 3\]: must rise"),
         ((1, 2, 9), r"\[9\]; ids of deep go from 0 to 8"),
         ((-1, 2, 3), r"\[-1\]; ids of deep go from 0 to 8"),
         ((), r"none given"),
     ],
 )
-def test_repeated_and_absent_layers_are_refused(ids: tuple[int, ...], expected: str) -> None:
+def test_repeated_disordered_and_absent_layers_are_refused(ids: tuple[int, ...], expected: str) -> None:
     with pytest.raises(VerifierError, match=expected):
         info_of_depth(8).check_aux_layer_ids(ids)
 

@@ -1,9 +1,10 @@
 """What the user is shown when a run fails: our own error, a lost worker as such, and a bug as it is."""
 
-import pickle
+from collections.abc import Callable
 
 import pytest
 import ray.train
+from ray import cloudpickle
 from ray.exceptions import ActorDiedError, OutOfMemoryError, RayTaskError
 from ray.train.v2._internal.exceptions import (
     UserExceptionWithTraceback,
@@ -15,7 +16,12 @@ from ray.train.v2._internal.exceptions import (
 from eagle3_ray.errors import ClusterError, SampleFormatError
 from eagle3_ray.jobs.failures import raise_cause
 
-OURS = SampleFormatError("data_1.pt: aux state 1 has NaN")
+TEXT = "data_1.pt: aux state 1 has NaN"
+
+
+def ours() -> SampleFormatError:
+    """A fresh one: raising it gives it a cause of its own."""
+    return SampleFormatError(TEXT)
 
 
 def of_task(cause: Exception) -> RayTaskError:
@@ -26,7 +32,7 @@ def of_task(cause: Exception) -> RayTaskError:
 def of_ranks(**failures: Exception) -> ray.train.WorkerGroupError:
     """The failures of ranks `r0`, `r1`, ... as `fit` raises them, sent from another process."""
     ranks = {int(name[1:]): failure for name, failure in failures.items()}
-    sent: ray.train.WorkerGroupError = pickle.loads(pickle.dumps(ray.train.WorkerGroupError("rank failed", ranks)))
+    sent: ray.train.WorkerGroupError = cloudpickle.loads(cloudpickle.dumps(ray.train.WorkerGroupError("rank failed", ranks)))
     return sent
 
 
@@ -37,26 +43,26 @@ def caused_by(cause: Exception) -> RuntimeError:
 
 
 @pytest.mark.parametrize(
-    "error",
+    "make_error",
     [
         OURS,
-        caused_by(OURS),
-        of_task(OURS),
-        of_ranks(r0=OURS),
-        of_ranks(r0=of_task(OURS)),
-        of_ranks(r0=RuntimeError("connection closed by peer"), r1=OURS),
-        of_ranks(r0=WorkerHealthCheckFailedError("gone", ActorDiedError()), r1=OURS),
-        ray.train.ControllerError(OURS),
-        ray.train.ControllerError(of_task(OURS)),
-        ray.train.ControllerError(of_ranks(r0=caused_by(OURS))),
-        of_ranks(r3=ray.train.ControllerError(of_task(caused_by(of_task(OURS))))),
+        lambda: caused_by(ours()),
+        lambda: of_task(ours()),
+        lambda: of_ranks(r0=ours()),
+        lambda: of_ranks(r0=of_task(ours())),
+        lambda: of_ranks(r0=RuntimeError("connection closed by peer"), r1=ours()),
+        lambda: of_ranks(r0=WorkerHealthCheckFailedError("gone", ActorDiedError()), r1=ours()),
+        lambda: ray.train.ControllerError(ours()),
+        lambda: ray.train.ControllerError(of_task(ours())),
+        lambda: ray.train.ControllerError(of_ranks(r0=caused_by(ours()))),
+        lambda: of_ranks(r3=ray.train.ControllerError(of_task(caused_by(of_task(ours()))))),
     ],
     ids=range(11),
 )
-def test_our_error_is_raised_with_its_own_text_however_deep_it_lies(error: BaseException) -> None:
+def test_our_error_is_raised_with_its_own_text_however_deep_it_lies(make_error: Callable[[], BaseException]) -> None:
     with pytest.raises(SampleFormatError) as caught:
-        raise_cause(error)
-    assert type(caught.value) is SampleFormatError and str(caught.value) == str(OURS)
+        raise_cause(make_error())
+    assert type(caught.value) is SampleFormatError and str(caught.value) == TEXT
     assert caught.value.exit_code == 3
 
 
