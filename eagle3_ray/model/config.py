@@ -124,6 +124,7 @@ def build_draft_config(
         head_dim=int(text.get("head_dim") or info.hidden_size // num_heads),
         hidden_act="silu",
         max_position_embeddings=int(text.get("max_position_embeddings", 2048)),
+        initializer_range=float(text.get("initializer_range", 0.02)),
         rms_norm_eps=info.rms_norm_eps,
         rope_parameters=_inherit_rope(info),
         attention_bias=False,

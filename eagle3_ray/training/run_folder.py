@@ -26,8 +26,9 @@ INITIAL_METRICS = "initial_metrics.json"
 BEST_METRIC = "val/expected_tokens"
 RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 LOGGER_RUN_ID = "logger_run_id.txt"
+BROKEN_SNAPSHOT = f"{RAY_SNAPSHOT}.broken"
 # Ray Train's own files in its run folder.
-RAY_FILES = (RAY_SNAPSHOT, ".validate_storage_marker")
+RAY_FILES = (RAY_SNAPSHOT, BROKEN_SNAPSHOT, ".validate_storage_marker")
 PARTS = {"config.json", "model.safetensors", STATE, RECORD, COMMITTED}
 _NAME = re.compile(r"\d+|step-\d+")
 
@@ -120,7 +121,7 @@ def check_same_run(checkpoint: CommittedCheckpoint, identity: Mapping[str, Any])
     Raises:
         CheckpointError: Names everything that differs.
     """
-    saved = checkpoint.identity
+    saved, identity = _flatten(checkpoint.identity), _flatten(identity)
     keys = sorted(set(saved) | set(identity))
     differing = [
         f"{key} was {saved.get(key)!r}, is {identity.get(key)!r}" for key in keys if saved.get(key) != identity.get(key)
@@ -142,7 +143,7 @@ def remove_run(save_dir: Path) -> list[Path]:
     for name in (RUN_YAML, INITIAL_METRICS, LOGGER_RUN_ID, *RAY_FILES):
         (save_dir / name).unlink(missing_ok=True)
     for path in save_dir.iterdir():
-        if path.is_dir() and _NAME.fullmatch(path.name) and _is_ours(path):
+        if path.is_dir() and not path.is_symlink() and _NAME.fullmatch(path.name) and _is_ours(path):
             shutil.rmtree(path)
     return sorted(save_dir.iterdir())
 
@@ -163,7 +164,7 @@ def set_aside_broken_snapshot(save_dir: Path) -> Path | None:
             return None
     except (ValueError, KeyError, TypeError):
         pass  # not the file Ray writes: set aside below
-    return Path(shutil.move(snapshot, save_dir / f"{RAY_SNAPSHOT}.broken"))
+    return Path(shutil.move(snapshot, save_dir / BROKEN_SNAPSHOT))
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -174,6 +175,14 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def _flatten(identity: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return what is nested under dotted names, so that a difference can be told in a line."""
+    flat: dict[str, Any] = {}
+    for key, value in identity.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
 
 
 def _open(path: Path) -> CommittedCheckpoint:

@@ -32,7 +32,8 @@ def of_task(cause: Exception) -> RayTaskError:
 def of_ranks(**failures: Exception) -> ray.train.WorkerGroupError:
     """The failures of ranks `r0`, `r1`, ... as `fit` raises them, sent from another process."""
     ranks = {int(name[1:]): failure for name, failure in failures.items()}
-    sent: ray.train.WorkerGroupError = cloudpickle.loads(cloudpickle.dumps(ray.train.WorkerGroupError("rank failed", ranks)))
+    sent = cloudpickle.loads(cloudpickle.dumps(ray.train.WorkerGroupError("rank failed", ranks)))
+    assert isinstance(sent, ray.train.WorkerGroupError)
     return sent
 
 
@@ -45,7 +46,7 @@ def caused_by(cause: Exception) -> RuntimeError:
 @pytest.mark.parametrize(
     "make_error",
     [
-        OURS,
+        ours,
         lambda: caused_by(ours()),
         lambda: of_task(ours()),
         lambda: of_ranks(r0=ours()),
@@ -54,8 +55,8 @@ def caused_by(cause: Exception) -> RuntimeError:
         lambda: of_ranks(r0=WorkerHealthCheckFailedError("gone", ActorDiedError()), r1=ours()),
         lambda: ray.train.ControllerError(ours()),
         lambda: ray.train.ControllerError(of_task(ours())),
-        lambda: ray.train.ControllerError(of_ranks(r0=caused_by(ours()))),
-        lambda: of_ranks(r3=ray.train.ControllerError(of_task(caused_by(of_task(ours()))))),
+        lambda: ray.train.ControllerError(of_ranks(r0=of_task(ours()))),
+        lambda: caused_by(of_ranks(r3=ray.train.ControllerError(of_task(of_task(ours()))))),
     ],
     ids=range(11),
 )
