@@ -121,7 +121,7 @@ def test_tensors_are_the_models_own(family: str, tied: bool, max_shard_size: str
 
 
 def test_tensors_keep_the_dtype_of_the_file(tmp_path: Path) -> None:
-    make_model().to(torch.bfloat16).save_pretrained(tmp_path)
+    make_model().bfloat16().save_pretrained(tmp_path)
     _, tensors = load(tmp_path)
     assert {t.dtype for t in (tensors.embed_tokens, tensors.lm_head, tensors.final_norm)} == {torch.bfloat16}
 
@@ -141,9 +141,10 @@ def test_the_text_part_of_a_multimodal_model_is_read(tmp_path: Path) -> None:
     model = LlavaForConditionalGeneration(config)
     model.save_pretrained(tmp_path)
     info, tensors = load(tmp_path)
-    assert torch.equal(tensors.embed_tokens, model.get_input_embeddings().weight)
-    assert torch.equal(tensors.lm_head, model.get_output_embeddings().weight)
-    assert torch.equal(tensors.final_norm, model.model.language_model.norm.weight)
+    weights = model.state_dict()
+    assert torch.equal(tensors.embed_tokens, weights["model.language_model.embed_tokens.weight"])
+    assert torch.equal(tensors.lm_head, weights["lm_head.weight"])
+    assert torch.equal(tensors.final_norm, weights["model.language_model.norm.weight"])
     assert (info.hidden_size, info.vocab_size) == (32, 96)
     assert info.architectures == ("LlavaForConditionalGeneration",)
 

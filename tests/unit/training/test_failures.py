@@ -85,7 +85,9 @@ def test_of_several_ranks_the_first_is_shown() -> None:
     ids=range(6),
 )
 def test_a_lost_worker_is_a_cluster_error_that_says_how_to_go_on(error: BaseException) -> None:
-    with pytest.raises(ClusterError, match=r"a worker was lost: (?s:.)+Type the same command.+--max-failures") as caught:
+    with pytest.raises(
+        ClusterError, match=r"a worker was lost: (?s:.)+Type the same command.+--max-failures"
+    ) as caught:
         raise_cause(error)
     assert caught.value.exit_code == 5 and caught.value.__cause__ is error
 
