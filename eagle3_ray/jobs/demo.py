@@ -63,7 +63,7 @@ class DemoPlan:
 FULL = DemoPlan(
     verifier=VerifierRecipe(hidden_size=128, intermediate_size=384, num_train_tokens=820_000),
     num_prompts=640,
-    max_new_tokens=192,
+    max_new_tokens=128,
     draft_vocab_size=320,
     total_seq_len=1024,
     epochs=6,

@@ -187,7 +187,6 @@ def generate_samples(job: GenerateJob, workers: WorkerRequest, tally: Tally, bat
         compute=ray.data.ActorPoolStrategy(size=min(workers.num_workers, len(batches))),
         num_cpus=workers.cpus_per_worker,
         num_gpus=1 if workers.use_gpu else 0,
-        max_restarts=0,  # Ray Data's default restarts for ever one that memory kills; the command can be typed again
     )
     written: list[int] = []
     result: Any

@@ -70,10 +70,10 @@ class ProgressBoard:
         if item.epoch != self._epoch:
             self._close_bar()
             self._epoch = item.epoch
-            self._bar = tqdm(total=item.steps_per_epoch, desc=f"epoch {item.epoch}", unit="step", leave=False)
+            self._bar = tqdm(total=item.steps_per_epoch, desc=f"epoch {item.epoch + 1}", unit="step", leave=False)
         assert self._bar is not None
-        self._bar.set_postfix_str(describe_progress(item.metrics), refresh=False)
-        self._bar.update(item.step_of_epoch - self._bar.n)
+        self._bar.n = item.step_of_epoch  # less than before when workers were restarted, which `update` would not draw
+        self._bar.set_postfix_str(describe_progress(item.metrics))
 
     def _close_bar(self) -> None:
         if self._bar is not None:
@@ -93,10 +93,8 @@ def describe_progress(metrics: Mapping[str, float]) -> str:
 
 def describe_epoch(epoch: int, num_epochs: int, step: int, metrics: Mapping[str, float], folder: str) -> str:
     """Return the line of a stored checkpoint: where it is and what validation says."""
-    acceptance = " ".join(
-        f"{value:.3f}"
-        for _, value in sorted((name, value) for name, value in metrics.items() if name.startswith("val/cond_acc_"))
-    )
+    by_ttt_step = sorted((name for name in metrics if name.startswith("val/cond_acc_")), key=lambda n: (len(n), n))
+    acceptance = " ".join(f"{metrics[name]:.3f}" for name in by_ttt_step)
     parts = [f"epoch {epoch + 1}/{num_epochs}  step {step}"]
     if "train/loss" in metrics:
         parts.append(f"train loss {metrics['train/loss']:.3f}")

