@@ -92,6 +92,8 @@ def open_run_folder(settings: TrainSettings) -> CommittedCheckpoint | None:
         raise CheckpointError(
             f"{save_dir}: cannot be created ({error.strerror}). Choose another --save-path."
         ) from error
+    if (save_dir / BEST).exists() and not (save_dir / BEST).is_symlink():
+        raise CheckpointError(f"{save_dir / BEST}: expected the link this program makes, found a copy. Move it away.")
     broken = set_aside_broken_snapshot(save_dir)
     if broken is not None:
         print(f"Ray's list of checkpoints was damaged and is now {broken}; the checkpoints themselves are used")

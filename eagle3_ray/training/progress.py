@@ -1,11 +1,13 @@
 """How far a run is, told by rank 0 and shown by the driver: a bar an epoch on a terminal, a line an epoch elsewhere."""
 
+import contextlib
 import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ray.exceptions import RayActorError
 from ray.util.queue import Queue
 from tqdm import tqdm
 
@@ -53,18 +55,27 @@ class ProgressBoard:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._queue.put(None)
-        self._thread.join()
+        # A Ray that is gone has an error of its own to tell, which must not be hidden by one of the display.
+        with contextlib.suppress(RayActorError):
+            self._queue.put(None)
+            self._thread.join()
+            self._queue.shutdown(force=True)
         self._close_bar()
-        self._queue.shutdown(force=True)
 
     def _show_all(self) -> None:
-        while (item := self._queue.get()) is not None:
+        while (item := self._next_item()) is not None:
             if isinstance(item, Note):
                 tqdm.write(item.text, file=sys.stdout)
                 sys.stdout.flush()
             elif sys.stderr.isatty():
                 self._show_step(item)
+
+    def _next_item(self) -> StepProgress | Note | None:
+        try:
+            item: StepProgress | Note | None = self._queue.get()
+        except RayActorError:
+            return None
+        return item
 
     def _show_step(self, item: StepProgress) -> None:
         if item.epoch != self._epoch:
