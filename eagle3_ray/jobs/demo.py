@@ -225,9 +225,10 @@ def describe_results(results: list[Metrics]) -> str:
             "measured on validation conversations, which the draft was not trained on",
             *lines,
             "loss    KL from the verifier's distribution, in nats, summed over the steps",
-            f"step k  share of the k-th drafted tokens that are the verifier's first choice, where all before were "
-            f"(k = 1..{TTT_STEPS})",
-            "tokens  per verification when drafting greedily; the verifier's own token is counted, so 1 is no gain",
+            "step k  share of the k-th drafted tokens that are the verifier's first choice, among the tokens the draft "
+            "can say, where all before were",
+            f"tokens  per verification of a greedy chain of {TTT_STEPS}, simulated on those conversations; the "
+            "verifier's own token is counted, so 1 is no gain",
         ]
     )
 
@@ -235,14 +236,14 @@ def describe_results(results: list[Metrics]) -> str:
 def describe_files(folder: Path) -> str:
     """Return where things lie and how to serve the draft."""
     best = folder / "run" / BEST
-    speculative = json.dumps({"method": "eagle3", "model": str(best), "num_speculative_tokens": TTT_STEPS})
-    return "\n".join(
-        [
-            f"draft     {best} -> {best.resolve().name}",
-            f"verifier  {folder / 'verifier'}",
-            f"curves    tensorboard --logdir {folder / 'logs'}",
-            f"serve     vllm serve {folder / 'verifier'} --speculative-config '{speculative}'",
-        ]
+    speculative = json.dumps(
+        {"method": "eagle3", "model": str(best), "num_speculative_tokens": TTT_STEPS}, separators=(",", ":")
+    )
+    return (
+        f"draft     {best} -> {best.resolve().name}\n"
+        f"verifier  {folder / 'verifier'}\n"
+        f"curves    tensorboard --logdir {folder / 'logs'}\n"
+        f"serve     vllm serve {folder / 'verifier'} --speculative-config '{speculative}'"
     )
 
 
