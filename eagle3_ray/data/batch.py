@@ -45,18 +45,6 @@ class PackedBin:
     document_ids: Tensor
     position_ids: Tensor
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedBin":
-        """Return the bin with every tensor on `device`; with `non_blocking` pinned buffers copy beside compute."""
-        return replace(
-            self,
-            input_ids=self.input_ids.to(device, non_blocking=non_blocking),
-            aux_states=self.aux_states.to(device, non_blocking=non_blocking),
-            last_state=self.last_state.to(device, non_blocking=non_blocking),
-            loss_mask=self.loss_mask.to(device, non_blocking=non_blocking),
-            document_ids=self.document_ids.to(device, non_blocking=non_blocking),
-            position_ids=self.position_ids.to(device, non_blocking=non_blocking),
-        )
-
 
 def allocate_bin(
     total_seq_len: int, spec: SampleSpec, state_dtype: torch.dtype = torch.bfloat16, pin_memory: bool = False

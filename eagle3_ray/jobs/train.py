@@ -233,7 +233,6 @@ def run_identity(
     """Return what a checkpoint must share with a run to be resumed by it: the draft, its vocabulary, the trajectory."""
     draft = draft_config.to_speculators()
     draft.pop("speculators_config")
-    draft["transformer_layer_config"] = {str(k): v for k, v in draft["transformer_layer_config"].items()}
     return {
         "draft": draft,
         "verifier": Path(draft_config.verifier_name_or_path).name,

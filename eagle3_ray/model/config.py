@@ -1,7 +1,7 @@
 """The draft's shape, inherited from the verifier, and its config.json in the Speculators format that vLLM reads."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import LlamaConfig
@@ -61,10 +61,6 @@ class DraftConfig:
     def num_aux_layers(self) -> int:
         """A."""
         return len(self.aux_layer_ids)
-
-    def with_verifier(self, name_or_path: str) -> "DraftConfig":
-        """Return the same draft that names another place of its verifier."""
-        return replace(self, verifier_name_or_path=name_or_path)
 
     def to_speculators(self) -> dict[str, Any]:
         """Return config.json as Speculators 0.9 writes it (FACTS 6)."""

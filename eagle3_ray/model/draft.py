@@ -42,7 +42,7 @@ class DraftInputs:
         position_ids: [T] int64.
         layout: Its index tensors on the device (`layout.counts` may stay on the host).
         attend_rows: Attention of `layout.rows` over step 0.
-        attend_all: Attention of every index over step 0; the same function if the draft has one layer.
+        attend_all: Attention of every index over step 0, built when first used: a draft of one layer never does.
     """
 
     input_ids: Tensor

@@ -5,6 +5,7 @@ pass, so the loss is a sum over positions divided by one global count, never a m
 on how the bins were dealt out.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from eagle3_ray.data.batch import PackedBin
 from eagle3_ray.errors import NonFiniteError
-from eagle3_ray.model.attention import build_document_attention
+from eagle3_ray.model.attention import DocumentAttention, build_document_attention
 from eagle3_ray.model.draft import DraftInputs, Eagle3Draft
 from eagle3_ray.model.layout import TttLayout, build_layout
 from eagle3_ray.model.loss import TargetHead
@@ -107,7 +108,11 @@ def prepare_inputs(packed: PackedBin, layout: TttLayout, settings: StepSettings)
         return tensor[tokens].to(device, non_blocking=True)
 
     attend_rows = build_document_attention(layout.documents, layout.rows, layout.num_tokens, device)
-    every_index = torch.arange(layout.num_tokens)
+
+    @functools.cache
+    def build_attend_all() -> DocumentAttention:
+        return build_document_attention(layout.documents, torch.arange(layout.num_tokens), layout.num_tokens, device)
+
     return DraftInputs(
         input_ids=move(packed.input_ids),
         aux_states=move(packed.aux_states).to(settings.compute_dtype),
@@ -121,7 +126,7 @@ def prepare_inputs(packed: PackedBin, layout: TttLayout, settings: StepSettings)
             is_valid=layout.is_valid.to(device, non_blocking=True),
         ),
         attend_rows=attend_rows,
-        attend_all=build_document_attention(layout.documents, every_index, layout.num_tokens, device),
+        attend_all=lambda queries, keys, values: build_attend_all()(queries, keys, values),
     )
 
 

@@ -1,6 +1,5 @@
 """The one shift, against the recorded bin and against a loop over positions."""
 
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -118,14 +117,3 @@ def test_more_samples_than_fit_are_refused(tmp_path: Path) -> None:
         DataError, match=r"bin 3: its samples have 38 positions, the plan gave them at most 32\. A file"
     ):
         pack_samples(samples, 32, make_spec(), number=3)
-
-
-def test_to_moves_every_tensor_and_keeps_the_rest(tmp_path: Path) -> None:
-    packed = pack_samples(_samples(tmp_path, [20]), 32, make_spec(), number=5, row=6)
-    moved = packed.to("meta")
-    for field in fields(PackedBin):
-        value = getattr(moved, field.name)
-        if isinstance(value, torch.Tensor):
-            assert value.device.type == "meta" and value.shape == getattr(packed, field.name).shape
-        else:
-            assert value == getattr(packed, field.name)

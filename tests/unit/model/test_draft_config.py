@@ -173,13 +173,6 @@ def test_what_a_server_reads_says_what_was_asked_for(tmp_path: Path) -> None:
     }
 
 
-def test_another_place_of_the_verifier_changes_nothing_else(tmp_path: Path) -> None:
-    draft = build(tmp_path, VERIFIER)
-    moved = draft.with_verifier("someone/some-model")
-    assert moved.verifier_name_or_path == "someone/some-model"
-    assert moved.with_verifier(str(tmp_path)) == draft
-
-
 def test_drafts_of_other_kinds_are_refused(tmp_path: Path) -> None:
     written = build(tmp_path, VERIFIER).to_speculators()
     with pytest.raises(CheckpointError, match=r"eagle draft with llama layers; expected eagle3 with llama") as caught:
