@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 # As docker/README.md tells users to run it: nothing of the image can be written, no right is left.
@@ -42,7 +42,7 @@ class Finished:
     """
 
     exit_code: int
-    output: str
+    output: str = field(repr=False)
     took_s: float
 
 
@@ -116,7 +116,8 @@ class Containers:
 class Cluster:
     """Containers as the nodes of a Ray cluster that wants a token, on a network that leads nowhere else.
 
-    Two ranks get two CPUs each, and no node has room for both: they sit on two nodes. One CPU feeds them.
+    Two ranks get two CPUs each, and no node has room for both: they sit on two nodes. One CPU feeds them. They compute
+    with one thread each all the same, as on one host, so that sums have one order everywhere.
     """
 
     HEAD_CPUS, WORKER_CPUS = 3, 2
@@ -140,9 +141,9 @@ class Cluster:
         words = (f"--address={self.head_ip}:6379", f"--node-ip-address={self._worker_ip}")
         self.worker = self._start_node(self._worker_ip, self.WORKER_CPUS, *words)
 
-    def start_submit(self, *words: str, token: str | None = None) -> str:
+    def start_submit(self, *words: str, options: Sequence[str] = ()) -> str:
         """Start a container that submits a job, follows it and ends as it does; return the container's name."""
-        options = (f"--network={self.network}", f"--env=RAY_AUTH_TOKEN={self._token if token is None else token}")
+        options = (f"--network={self.network}", f"--env=RAY_AUTH_TOKEN={self._token}", *options)
         address = f"http://{self.head_ip}:8265"
         return self._containers.start("ray", "job", "submit", f"--address={address}", "--", *words, options=options)
 
@@ -165,6 +166,7 @@ class Cluster:
 
     def _start_node(self, address: str, num_cpus: int, *words: str) -> str:
         options = (f"--network={self.network}", f"--ip={address}", f"--env=RAY_AUTH_TOKEN={self._token}")
+        options += ("--env=OMP_NUM_THREADS=1",)
         node = self._containers.start(
             "ray", "start", *words, f"--num-cpus={num_cpus}", OBJECT_STORE, "--block", options=options
         )
@@ -202,5 +204,3 @@ def last_metrics(run_dir: Path) -> dict[str, float]:
     records = [json.loads((path.parent / "run.json").read_text()) for path in run_dir.glob("*/COMMITTED")]
     newest = max(records, key=lambda record: int(record["step"]))
     return {name: value for name, value in newest["metrics"].items() if name.startswith("val/")}
-
-

@@ -81,13 +81,17 @@ def test_gpus_that_are_not_there_are_named_at_once(containers: Containers) -> No
     assert finished.took_s < 30
 
 
+@pytest.mark.parametrize("save_path", ["/checkpoints", "/checkpoints/run"])
 @pytest.mark.usefixtures("one_host")
-def test_a_checkpoint_folder_that_cannot_be_written_is_named_at_once(containers: Containers, tmp_path: Path) -> None:
+def test_a_checkpoint_folder_that_cannot_be_written_is_named_at_once(
+    containers: Containers, tmp_path: Path, save_path: str
+) -> None:
+    tmp_path.chmod(0o755)  # the host's user may write, the image's may not
     finished = containers.run(
-        *("train", "--config", "/data/one/run/run.yaml", "--save-path", "/checkpoints/run"),
-        options=[f"--volume={tmp_path}:/checkpoints:ro"],
+        *("train", "--config", "/data/one/run/run.yaml", "--save-path", save_path),
+        options=[f"--volume={tmp_path}:/checkpoints"],
     )
-    assert finished.exit_code == 4
-    assert "/checkpoints/run: cannot be created (Read-only file system)" in finished.output, finished.output
+    assert finished.exit_code == 4, finished.output
+    assert f"error: {save_path}" in finished.output and "Permission denied" in finished.output, finished.output
     assert "Traceback" not in finished.output
     assert finished.took_s < 30
