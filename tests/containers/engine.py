@@ -56,6 +56,7 @@ class Containers:
         self._names: list[str] = []
         # podman sets limits of its own, and starts nothing where the machine's are lower.
         limits = ("--ulimit=nofile=16384:16384", "--ulimit=nproc=16384:16384")
+        self._at_once = ("--time=0",) if engine[0] == "podman" else ()  # podman's `rm` first asks, Docker's kills
         self._options = (*HARDENED, *(limits if engine[0] == "podman" else ()))
 
     def run(self, *words: str, options: Sequence[str] = (), timeout_s: float = 120) -> Finished:
@@ -73,13 +74,15 @@ class Containers:
         return name
 
     def wait(self, name: str, timeout_s: float) -> Finished:
-        """Wait for a container's end."""
+        """Wait for a container's end and remove it."""
         started = time.monotonic()
         try:
             exit_code = self.call("wait", name, timeout_s=timeout_s)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still running after {timeout_s:.0f} s:\n{self.logs(name)}") from None
-        return Finished(int(exit_code), self.logs(name), time.monotonic() - started)
+        finished = Finished(int(exit_code), self.logs(name), time.monotonic() - started)
+        self.remove(name)
+        return finished
 
     def exec(self, name: str, *words: str) -> str:
         """Run a program in a running container and return what it printed."""
@@ -92,9 +95,8 @@ class Containers:
         ).stdout
 
     def remove(self, name: str) -> None:
-        """Kill and remove a container: nothing in it gets the chance to say goodbye."""
-        self.call("kill", name)
-        self.call("rm", "--force", name)
+        """Remove a container; if it runs it is killed, and nothing in it gets the chance to say goodbye."""
+        self.call("rm", "--force", *self._at_once, name)
         self._names.remove(name)
 
     def image_bytes(self) -> int:
@@ -109,8 +111,8 @@ class Containers:
 
     def close(self) -> None:
         """Remove every container that is left."""
-        if self._names:
-            subprocess.run([*self._engine, "rm", "--force", *self._names], capture_output=True)
+        for name in list(self._names):
+            self.remove(name)
 
 
 class Cluster:
