@@ -56,3 +56,9 @@ class ClusterError(Eagle3RayError):
 
 class NonFiniteError(DataError):
     """A loss or gradient became NaN or Inf; the update was not made."""
+
+
+class StorageError(Eagle3RayError):
+    """An object store refuses, cannot be reached, or has no such bucket."""
+
+    exit_code = 3

@@ -18,28 +18,32 @@ LAYERS: dict[str, set[str]] = {
     "": set(),
     "__main__": {"cli"},
     "cli": {"", "config", "schema", "flags", "settings_file", "errors"},
-    "flags": {"config", "schema", "errors"},
-    "settings_file": {"schema", "errors"},
-    "config": {"schema"},
-    "schema": set(),
+    "flags": {"config", "schema", "storage", "errors"},
+    "settings_file": {"schema", "storage", "errors"},
+    "config": {"schema", "storage"},
+    "schema": {"storage"},
+    "storage": {"errors"},
     "errors": set(),
     "versions": {""},
     "metrics": set(),
-    "loggers": {"metrics", "errors"},
+    "loggers": {"metrics", "storage", "errors"},
     "speculators_format": {"errors"},
-    "data": {"data", "errors"},
-    "model": {"model", "config", "errors"},
+    "data": {"data", "storage", "errors"},
+    "model": {"model", "config", "storage", "errors"},
     "training": {
-        *("training", "model", "data", "config", "errors"),
+        *("training", "model", "data", "config", "storage", "errors"),
         *("loggers", "metrics", "speculators_format", "versions"),
     },
-    "training.run_folder": {"errors"},
-    "generation": {"generation", "model", "data", "config", "errors"},
+    "training.run_folder": {"storage", "errors"},
+    "generation": {"generation", "model", "data", "config", "storage", "errors"},
     "demo": {"demo", "errors"},
-    "export": {"model", "data.vocab", "training.checkpoint", "training.run_folder", "speculators_format", "errors"},
+    "export": {
+        *("model", "data.vocab", "training.checkpoint", "training.run_folder"),
+        *("speculators_format", "storage", "errors"),
+    },
     "jobs": {
         *("", "jobs", "training", "generation", "export", "demo", "model", "data"),
-        *("config", "errors", "loggers", "metrics", "settings_file", "speculators_format", "versions"),
+        *("config", "errors", "loggers", "metrics", "settings_file", "speculators_format", "storage", "versions"),
     },
 }
 
@@ -56,6 +60,7 @@ LIBRARIES: dict[str, set[str]] = {
     "torch.utils.tensorboard": {"loggers"},
     "tyro": {"cli"},
     "yaml": {"settings_file"},
+    "pyarrow.fs": {"storage"},
 }
 
 HEAVY = {"torch", "ray", "transformers", "numpy", "pandas", "pyarrow", "safetensors"}

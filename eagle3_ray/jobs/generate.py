@@ -196,7 +196,7 @@ def generate_samples(job: GenerateJob, workers: WorkerRequest, tally: Tally, bat
                 raise pickle.loads(row["error"])
             tally.counts[row["ids"]] += np.array(row["counts"], np.int64)
             written += row["line_numbers"]
-    visible = {entry.name for entry in os.scandir(job.settings.output_path)}
+    visible = {path.name for path in job.settings.output_path.iterdir()}
     num_lost = sum(sample_path(job.settings.output_path, number).name not in visible for number in written)
     if num_lost:
         raise ClusterError(

@@ -22,13 +22,14 @@ from eagle3_ray.data.packing import BinSchedule, PackingPlan, plan_bins
 from eagle3_ray.data.pipeline import BinSource, bin_execution_options, build_bin_dataset
 from eagle3_ray.data.samples import SampleSpec
 from eagle3_ray.data.vocab import VocabMapping, write_mapping
-from eagle3_ray.errors import CheckpointError, DataError
+from eagle3_ray.errors import DataError
 from eagle3_ray.jobs.cluster import WorkerRequest, choose_workers, ray_session
 from eagle3_ray.jobs.failures import raise_cause
 from eagle3_ray.jobs.vocab_mapping import resolve_mapping
 from eagle3_ray.model.config import DraftConfig, build_draft_config
-from eagle3_ray.model.verifier import VerifierInfo, load_final_norm, read_verifier_config
+from eagle3_ray.model.verifier import VerifierInfo, absolute_name, load_final_norm, read_verifier_config
 from eagle3_ray.settings_file import write_run_yaml
+from eagle3_ray.storage import ObjectPath, StoragePath
 from eagle3_ray.training.job import TrainJob
 from eagle3_ray.training.loop import run_rank
 from eagle3_ray.training.progress import ProgressBoard, ProgressSender
@@ -36,8 +37,11 @@ from eagle3_ray.training.run_folder import (
     BEST,
     RUN_YAML,
     CommittedCheckpoint,
+    check_best_is_ours,
     check_same_run,
+    check_writable,
     find_uncommitted,
+    follow_best,
     latest_committed,
     remove_run,
     set_aside_broken_snapshot,
@@ -64,16 +68,15 @@ def run(settings: TrainSettings) -> None:
             write_run_yaml(settings, settings.save_path / RUN_YAML)
             fit(job, workers)
     best = settings.save_path / BEST
-    print(f"done: {job.stop_step} steps; best draft {best} -> {best.resolve().name}")
+    print(f"done: {job.stop_step} steps; best draft {best} -> {follow_best(best).name}")
 
 
 def with_absolute_paths(settings: TrainSettings) -> TrainSettings:
     """Return the settings with every path made absolute; a verifier that is a local folder too."""
     update: dict[str, Any] = {
-        name: value.resolve() for name, value in settings.__dict__.items() if isinstance(value, Path)
+        name: value.resolve() for name, value in settings.__dict__.items() if isinstance(value, StoragePath)
     }
-    if Path(settings.verifier_name_or_path).is_dir():
-        update["verifier_name_or_path"] = str(Path(settings.verifier_name_or_path).resolve())
+    update["verifier_name_or_path"] = absolute_name(settings.verifier_name_or_path)
     return settings.model_copy(update=update)
 
 
@@ -86,14 +89,8 @@ def open_run_folder(settings: TrainSettings) -> CommittedCheckpoint | None:
     save_dir = settings.save_path
     if not settings.resume_from_checkpoint:
         remove_run(save_dir)
-    try:
-        save_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(
-            f"{save_dir}: cannot be created ({error.strerror}). Choose another --save-path."
-        ) from error
-    if (save_dir / BEST).exists() and not (save_dir / BEST).is_symlink():
-        raise CheckpointError(f"{save_dir / BEST}: expected the link this program makes, found a copy. Move it away.")
+    check_writable(save_dir)
+    check_best_is_ours(save_dir)
     broken = set_aside_broken_snapshot(save_dir)
     if broken is not None:
         print(f"Ray's list of checkpoints was damaged and is now {broken}; the checkpoints themselves are used")
@@ -172,7 +169,7 @@ def resolve_aux_layer_ids(settings: TrainSettings, verifier: VerifierInfo) -> tu
     return ids
 
 
-def read_recorded_layer_ids(data_path: Path) -> tuple[int, ...] | None:
+def read_recorded_layer_ids(data_path: StoragePath) -> tuple[int, ...] | None:
     """Return the layers named by the data_config.json that `generate` leaves beside its samples, or None.
 
     Raises:
@@ -263,7 +260,8 @@ def fit(job: TrainJob, workers: WorkerRequest) -> None:
         ),
         run_config=RunConfig(
             name=job.save_dir.name,
-            storage_path=str(job.save_dir.parent),
+            storage_path=job.save_dir.parent.key if isinstance(job.save_dir, ObjectPath) else str(job.save_dir.parent),
+            storage_filesystem=job.save_dir.filesystem if isinstance(job.save_dir, ObjectPath) else None,
             failure_config=FailureConfig(max_failures=job.settings.max_failures),
         ),
         datasets=datasets,

@@ -1,7 +1,5 @@
 """`vocab-mapping`: token counts -> `d2t.npy` and `t2d.npy`; and the same, in memory, before a training run."""
 
-from pathlib import Path
-
 import numpy as np
 import ray
 from numpy.typing import NDArray
@@ -19,6 +17,7 @@ from eagle3_ray.data.vocab import (
 )
 from eagle3_ray.errors import Eagle3RayError, UsageError, VocabMappingError
 from eagle3_ray.jobs.cluster import ray_session
+from eagle3_ray.storage import StoragePath
 
 
 def run(settings: VocabMappingSettings) -> None:
@@ -110,7 +109,11 @@ def resolve_mapping(settings: TrainSettings, vocab_size: int) -> VocabMapping:
 
 
 def compute_mapping(
-    vocab_size: int, draft_vocab_size: int, token_freq_path: Path | None, data_path: Path, data_format_version: int
+    vocab_size: int,
+    draft_vocab_size: int,
+    token_freq_path: StoragePath | None,
+    data_path: StoragePath,
+    data_format_version: int,
 ) -> VocabMapping:
     """Compute the mapping in a Ray task, which counts the samples in tasks of its own if no frequency file is named.
 

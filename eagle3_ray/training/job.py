@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -13,6 +12,7 @@ from eagle3_ray.data.pipeline import BinSource
 from eagle3_ray.data.vocab import VocabMapping
 from eagle3_ray.model.config import DraftConfig
 from eagle3_ray.model.verifier import VerifierInfo
+from eagle3_ray.storage import StoragePath
 from eagle3_ray.training.progress import ProgressSender
 
 
@@ -47,6 +47,6 @@ class TrainJob:
     progress: ProgressSender
 
     @property
-    def save_dir(self) -> Path:
+    def save_dir(self) -> StoragePath:
         """The run folder."""
         return self.settings.save_path

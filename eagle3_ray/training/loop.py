@@ -12,6 +12,7 @@ from ray.train import Checkpoint, CheckpointConsistencyMode
 from eagle3_ray.data.pipeline import StepBins, iter_step_bins
 from eagle3_ray.errors import NonFiniteError
 from eagle3_ray.metrics import TRAIN, VAL, summarize
+from eagle3_ray.storage import write_atomically
 from eagle3_ray.training.checkpoint import write_checkpoint
 from eagle3_ray.training.job import TrainJob
 from eagle3_ray.training.meter import Meter
@@ -24,7 +25,6 @@ from eagle3_ray.training.run_folder import (
     epoch_folder,
     point_best,
     step_folder,
-    write_atomically,
 )
 from eagle3_ray.training.step import eval_step, train_step
 from eagle3_ray.versions import installed_versions

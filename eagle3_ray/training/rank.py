@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import ray
 import ray.train
@@ -15,11 +16,12 @@ from eagle3_ray.model.draft import Eagle3Draft
 from eagle3_ray.model.initial import initial_weights
 from eagle3_ray.model.loss import TargetHead
 from eagle3_ray.model.verifier import VerifierTensors, load_verifier_tensors
+from eagle3_ray.storage import ObjectPath, StoragePath
 from eagle3_ray.training.checkpoint import restore_checkpoint
 from eagle3_ray.training.job import TrainJob
 from eagle3_ray.training.meter import Meter
 from eagle3_ray.training.optim import build_optimizer
-from eagle3_ray.training.run_folder import check_same_run, latest_committed
+from eagle3_ray.training.run_folder import STATE, check_same_run, latest_committed
 from eagle3_ray.training.sharding import build_sharded_draft
 from eagle3_ray.training.step import StepSettings
 
@@ -74,7 +76,9 @@ def start_rank(job: TrainJob) -> Rank:
     checkpoint = latest_committed(job.save_dir)
     if checkpoint is not None:
         check_same_run(checkpoint, job.identity)
-        restore_checkpoint(checkpoint.path, draft, optimizer)
+        # A copy of this machine's is shared by its ranks; a path of this machine is used as it is.
+        with ray_checkpoint(checkpoint.path / STATE).as_directory() as state_dir:
+            restore_checkpoint(Path(state_dir), draft, optimizer)
     step = 0 if checkpoint is None else checkpoint.step
     return Rank(
         number=number,
@@ -99,6 +103,13 @@ def start_rank(job: TrainJob) -> Rank:
         grad_norm=0.0,
         metrics={},
     )
+
+
+def ray_checkpoint(path: StoragePath) -> ray.train.Checkpoint:
+    """Return a folder as Ray Train fetches it from wherever it lies."""
+    if isinstance(path, ObjectPath):
+        return ray.train.Checkpoint(path.key, path.filesystem)
+    return ray.train.Checkpoint.from_directory(path)
 
 
 def resolve_compute_dtype(precision: str, device: torch.device) -> torch.dtype:
