@@ -44,7 +44,11 @@ MAX_ERROR_LENGTH = 300  # Google's client repeats itself
 
 @dataclass(frozen=True)
 class ObjectPath:
-    """An object, or a prefix that many share; the URI has no slash at its end."""
+    """An object, or a prefix that many share.
+
+    Attributes:
+        uri: `s3://bucket/key` or `gs://bucket/key`, without a slash at its end.
+    """
 
     uri: str
 
@@ -118,8 +122,9 @@ class ObjectPath:
 
     def iterdir(self) -> Iterator["ObjectPath"]:
         """Yield what is directly below the prefix, sorted; nothing if there is no such prefix."""
-        for stored in list_objects(self, recursive=False):
-            yield self / stored.name
+        # All below it is listed: Google's store tells only of prefixes that somebody made a marker for.
+        for name in sorted({stored.name.partition("/")[0] for stored in list_objects(self)}):
+            yield self / name
 
     def read_bytes(self) -> bytes:
         """Return the object.
@@ -143,7 +148,7 @@ class ObjectPath:
             StorageError: The store cannot be written.
         """
         # Whole in memory first: a stream that is closed half-way stores what it has.
-        with telling(self), self.filesystem.open_output_stream(self.key) as stream:
+        with telling(self, may_be_absent=False), self.filesystem.open_output_stream(self.key) as stream:
             stream.write(content)
         return len(content)
 
@@ -186,7 +191,7 @@ StoragePath = Path | ObjectPath
 
 
 class StoredObject(NamedTuple):
-    """An entry below a prefix: relative name, size in bytes and time of change in nanoseconds (0 for a prefix)."""
+    """An object below a prefix: its name from there on, size in bytes and time of change in nanoseconds."""
 
     name: str
     num_bytes: int
@@ -214,22 +219,22 @@ def to_path(text: str) -> StoragePath:
     return ObjectPath(f"{scheme}://{key.rstrip('/')}")
 
 
-def list_objects(path: ObjectPath, recursive: bool) -> list[StoredObject]:
-    """Return what lies below a prefix, sorted by name; empty if there is nothing.
+def list_objects(path: ObjectPath) -> list[StoredObject]:
+    """Return all objects below a prefix, sorted by name; none if there is no such prefix.
 
     Raises:
         StorageError: The store cannot be read, or there is no such bucket.
     """
     from pyarrow.fs import FileSelector, FileType
 
-    selector = FileSelector(path.key, recursive=recursive, allow_not_found="/" in path.key)
-    with telling(path):
+    selector = FileSelector(path.key, recursive=True, allow_not_found="/" in path.key)
+    with telling(path, may_be_absent=False):
         infos = path.filesystem.get_file_info(selector)
     prefix = path.key + "/"
     return sorted(
-        StoredObject(info.path.removeprefix(prefix), info.size or 0, info.mtime_ns or 0)
+        StoredObject(info.path.removeprefix(prefix), info.size, info.mtime_ns)
         for info in infos
-        if not (recursive and info.type == FileType.Directory)
+        if info.type == FileType.File
     )
 
 
@@ -261,7 +266,8 @@ def remove_tree(path: StoragePath) -> None:
     if isinstance(path, Path):
         shutil.rmtree(path)
         return
-    with telling(path):
+    # Google's client removes the objects, then misses a marker of the prefix, which need not be there.
+    with telling(path), contextlib.suppress(FileNotFoundError):
         path.filesystem.delete_dir(path.key)
 
 
@@ -296,17 +302,21 @@ def local_copy(path: StoragePath, names: Iterable[str]) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def telling(path: ObjectPath) -> Iterator[None]:
+def telling(path: ObjectPath, may_be_absent: bool = True) -> Iterator[None]:
     """Turn what a store's client raises into one error that names the path and what to set.
+
+    Args:
+        path: what is read or written.
+        may_be_absent: let a FileNotFoundError through; else it means that the bucket is not there.
 
     Raises:
         StorageError: The store refuses, cannot be reached, or has no such bucket.
     """
     try:
         yield
-    except FileNotFoundError:
-        raise
     except OSError as error:
+        if may_be_absent and isinstance(error, FileNotFoundError):
+            raise
         found = " ".join(str(error).split())[:MAX_ERROR_LENGTH]
         raise StorageError(f"{path}: the object store cannot be used ({found}). {STORES[path.scheme]}") from error
 

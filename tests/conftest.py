@@ -8,12 +8,12 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from botocore.config import Config
 
 from eagle3_ray.storage import ObjectPath, _open_filesystem
 
@@ -36,9 +36,7 @@ def s3_bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectPath]:
     """An empty bucket of an S3 server of this test module's own; before `ray_cluster`, so that its workers find it."""
     import boto3
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     environment = {
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
         "AWS_ACCESS_KEY_ID": "test",
@@ -46,22 +44,58 @@ def s3_bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectPath]:
         "AWS_REGION": "us-east-1",
         "AWS_EC2_METADATA_DISABLED": "true",
     }
-    log_path = tmp_path_factory.mktemp("s3") / "server.log"
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with store_server(command, port, environment, tmp_path_factory.mktemp("s3")):
+        boto3.client("s3").create_bucket(Bucket="bucket")
+        yield ObjectPath("s3://bucket")
+
+
+@pytest.fixture(scope="module")
+def gs_bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectPath]:
+    """An empty bucket of a Google Cloud Storage emulator of this test module's own; before `ray_cluster`."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    command = [
+        sys.executable,
+        "-m",
+        "gcp_storage_emulator",
+        "start",
+        "--host=127.0.0.1",
+        f"--port={port}",
+        "--in-memory",
+    ]
+    with store_server(command, port, {"STORAGE_EMULATOR_HOST": url}, tmp_path_factory.mktemp("gs")):
+        request = urllib.request.Request(
+            f"{url}/storage/v1/b?project=test", b'{"name": "bucket"}', {"Content-Type": "application/json"}
+        )
+        urllib.request.urlopen(request, timeout=60).close()
+        yield ObjectPath("gs://bucket")
+
+
+@contextlib.contextmanager
+def store_server(command: list[str], port: int, environment: dict[str, str], folder: Path) -> Iterator[None]:
+    """Have a server run for the length of a block, and clients find it."""
+    log_path = folder / "server.log"
     with pytest.MonkeyPatch.context() as patched, log_path.open("w") as log:
         for name, value in environment.items():
             patched.setenv(name, value)
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
         server = subprocess.Popen(command, stdout=log, stderr=log)
         _open_filesystem.cache_clear()
-        client = boto3.client("s3", config=Config(retries={"max_attempts": 10, "mode": "standard"}))
         try:
             wait_for_port(port, server, log_path)
-            client.create_bucket(Bucket="bucket")
-            yield ObjectPath("s3://bucket")
+            yield
         finally:
             server.terminate()
             server.wait()
             _open_filesystem.cache_clear()
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
 
 
 def wait_for_port(port: int, server: "subprocess.Popen[bytes]", log_path: Path) -> None:

@@ -44,7 +44,7 @@ def list_sample_files(root: str) -> dict[str, FileStamp]:
 def _list_objects(root: ObjectPath) -> dict[str, FileStamp]:
     return {
         stored.name: FileStamp(stored.num_bytes, stored.mtime_ns)
-        for stored in list_objects(root, recursive=True)
+        for stored in list_objects(root)
         if stored.name.endswith(".pt") and not any(part.startswith(".") for part in stored.name.split("/"))
     }
 

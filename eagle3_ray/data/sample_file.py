@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from eagle3_ray.data.remote_file import load_remote_file, load_remote_rows
-from eagle3_ray.storage import ObjectPath, to_path
+from eagle3_ray.storage import ObjectPath, is_remote, to_path
 
 KEYS = {
     0: frozenset({"input_ids", "loss_mask", "hidden_state", "target"}),
@@ -108,9 +108,10 @@ def _problem_of_unreadable_file(path: str, error: Exception) -> Problem:
     try:
         num_bytes, head = _read_head(path)
     except OSError as os_error:
+        found = "no such object" if is_remote(path) else os_error.strerror
         return Problem(
             "cannot be opened",
-            f"cannot be opened ({'it is gone' if isinstance(os_error, FileNotFoundError) else os_error.strerror}), expected a sample.",
+            f"cannot be opened ({found}), expected a sample.",
             "On a cluster every node must see the data at the same path and may read it.",
         )
     if num_bytes == 0:

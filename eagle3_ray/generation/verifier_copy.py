@@ -34,7 +34,7 @@ def local_verifier(name_or_path: str, with_weights: bool) -> str:
         return name_or_path
     source = to_path(name_or_path)
     assert isinstance(source, ObjectPath)
-    stored = [entry for entry in list_objects(source, recursive=True) if with_weights or not _is_weights(entry)]
+    stored = [entry for entry in list_objects(source) if with_weights or not _is_weights(entry)]
     key = hashlib.sha256(repr((source.uri, stored)).encode()).hexdigest()[:16]
     folder = Path(HF_HOME) / "eagle3_ray" / key
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ def upload_tree(folder: Path, remote: ObjectPath) -> None:
 
 
 def download_tree(remote: ObjectPath, folder: Path) -> None:
-    for stored in list_objects(remote, recursive=True):
+    for stored in list_objects(remote):
         place = folder / stored.name
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_bytes((remote / stored.name).read_bytes())
@@ -93,7 +93,7 @@ def test_tasks_that_pack_read_the_same_samples(local: Path, store: ObjectPath, t
 
 
 def test_the_index_is_kept_beside_the_samples(store: ObjectPath) -> None:
-    names = [stored.name for stored in list_objects(store / "data" / CACHE_DIR, recursive=True)]
+    names = [stored.name for stored in list_objects(store / "data" / CACHE_DIR)]
     assert len(names) == 1 and names[0].startswith("index-") and names[0].endswith(".parquet")
 
 

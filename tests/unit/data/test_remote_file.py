@@ -93,5 +93,5 @@ def test_bad_files_are_told_as_on_disk(s3_bucket: ObjectPath, tmp_path: Path, ba
 
 
 def test_a_file_that_is_gone_is_told(s3_bucket: ObjectPath) -> None:
-    with pytest.raises(SampleFormatError, match=r"none\.pt: cannot be opened \(it is gone\)"):
+    with pytest.raises(SampleFormatError, match=r"none\.pt: cannot be opened \(no such object\)"):
         read_sample(str(s3_bucket / "none.pt"), make_spec())
