@@ -2,7 +2,12 @@
 
 import os
 import pickle
+import sys
+import threading
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -17,6 +22,7 @@ from eagle3_ray.storage import (
     to_path,
     write_atomically,
 )
+from tests.conftest import free_port, store_server
 
 TREE = {"run/0/config.json": b"{}", "run/0/state/a.distcp": b"abc", "run/run.yaml": b"epochs: 3\n", "other.txt": b""}
 
@@ -127,6 +133,69 @@ def test_a_missing_bucket_is_told_with_what_to_set(
     assert advice in text and caught.value.exit_code == 3
     with pytest.raises(StorageError, match=f"{scheme}://no-such-bucket: the object store cannot be used"):
         list_objects(ObjectPath(f"{scheme}://no-such-bucket"))
+
+
+def test_credentials_that_are_refused_are_told_with_what_to_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = free_port()
+    environment = {
+        "INITIAL_NO_AUTH_ACTION_COUNT": "0",  # the server checks every request's key
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "nobody",
+        "AWS_SECRET_ACCESS_KEY": "wrong",
+        "AWS_REGION": "us-east-1",
+    }
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with store_server(command, port, environment, tmp_path):
+        with pytest.raises(StorageError, match=r"s3://bucket/x: .*ACCESS_DENIED.*Set AWS_ACCESS_KEY_ID"):
+            ObjectPath("s3://bucket/x").read_bytes()
+        with pytest.raises(StorageError, match=r"s3://bucket/x: .*INVALID_ACCESS_KEY_ID.*Set AWS_ACCESS_KEY_ID"):
+            ObjectPath("s3://bucket/x").write_bytes(b"")
+
+
+def test_a_store_that_is_busy_is_asked_again(s3_bucket: ObjectPath, monkeypatch: pytest.MonkeyPatch) -> None:
+    (s3_bucket / "busy").write_bytes(b"content")
+    behind = urlsplit(os.environ["AWS_ENDPOINT_URL"]).netloc
+    statuses: list[int] = []
+
+    class BusyAtFirst(BaseHTTPRequestHandler):
+        """Says "slow down" twice, then hands every request on to the real server."""
+
+        def do_GET(self) -> None:
+            if len(statuses) < 2:
+                statuses.append(503)
+                self.send_response(503)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+            connection = HTTPConnection(behind)
+            connection.request(self.command, self.path, headers=dict(self.headers))
+            answer = connection.getresponse()
+            content = answer.read()
+            statuses.append(answer.status)
+            self.send_response(answer.status)
+            for name, value in answer.getheaders():
+                if name.lower() not in ("connection", "transfer-encoding"):
+                    self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(content)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: object) -> None:
+            """Stay quiet."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), BusyAtFirst) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server_port}")
+        _open_filesystem.cache_clear()
+        try:
+            assert (s3_bucket / "busy").read_bytes() == b"content"
+        finally:
+            _open_filesystem.cache_clear()
+            proxy.shutdown()
+    assert statuses[:2] == [503, 503] and set(statuses[2:]) <= {200, 206} and statuses[2:]
 
 
 @pytest.mark.slow
