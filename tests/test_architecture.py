@@ -17,7 +17,10 @@ PACKAGE = Path(__file__).parents[1] / "eagle3_ray"
 LAYERS: dict[str, set[str]] = {
     "": set(),
     "__main__": {"cli"},
-    "cli": {"", "config", "schema", "flags", "settings_file", "errors"},
+    "cli": {"", "config", "schema", "flags", "settings_file", "errors", "console", "stopping"},
+    "console": set(),
+    "stopping": set(),
+    "machine": set(),
     "flags": {"config", "schema", "errors"},
     "settings_file": {"schema", "errors"},
     "config": {"schema"},
@@ -31,7 +34,7 @@ LAYERS: dict[str, set[str]] = {
     "model": {"model", "config", "errors"},
     "training": {
         *("training", "model", "data", "config", "errors"),
-        *("loggers", "metrics", "speculators_format", "versions"),
+        *("loggers", "metrics", "speculators_format", "versions", "console", "machine"),
     },
     "training.run_folder": {"errors"},
     "generation": {"generation", "model", "data", "config", "errors"},
@@ -40,14 +43,15 @@ LAYERS: dict[str, set[str]] = {
     "jobs": {
         *("", "jobs", "training", "generation", "export", "demo", "model", "data"),
         *("config", "errors", "loggers", "metrics", "settings_file", "speculators_format", "versions"),
+        *("console", "machine", "stopping"),
     },
 }
 
 # library -> where it may be imported; nowhere else. "jobs" stands for every module in it.
 LIBRARIES: dict[str, set[str]] = {
     "ray": {
-        *("data.index", "data.pipeline", "jobs"),
-        *("training.job", "training.loop", "training.progress", "training.rank"),
+        *("data.index", "data.pipeline", "jobs", "machine"),
+        *("training.channel", "training.job", "training.loop", "training.progress", "training.rank"),
     },
     "torch.distributed.fsdp": {"training.sharding"},
     "transformers": {"model", "generation", "demo", "jobs"},
@@ -60,8 +64,8 @@ LIBRARIES: dict[str, set[str]] = {
 
 HEAVY = {"torch", "ray", "transformers", "numpy", "pandas", "pyarrow", "safetensors"}
 NAMES_THAT_SAY_NOTHING = {"utils", "util", "common", "helpers", "helper", "base", "misc", "tools"}
-# Its prefetch thread hands every error to the consumer, which raises it.
-FORWARDS_EVERY_ERROR = {"data.pipeline"}
+# A thread of theirs hands every error to the one that waits for it, which raises it.
+FORWARDS_EVERY_ERROR = {"data.pipeline", "jobs.fit"}
 
 
 def name_of(path: Path) -> str:

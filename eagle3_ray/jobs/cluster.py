@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import ray
 
 from eagle3_ray.errors import ClusterError
+from eagle3_ray.machine import usable_cpus
+from eagle3_ray.stopping import keep_stop_signals
 
 CPUS_FOR_TASKS = 1  # beside the workers, for the tasks that feed them: without one, streaming waits for ever
 CONNECT_TIMEOUT_S = 10
@@ -50,9 +52,10 @@ def ray_session(num_cpus: int | None = None) -> Iterator[None]:
         return
     address = os.environ.get("RAY_ADDRESS") or "local"
     if address == "local":
-        _start_local(num_cpus or (os.cpu_count() or 1) + CPUS_FOR_TASKS)
+        _start_local(num_cpus or usable_cpus() + CPUS_FOR_TASKS)
     else:
         _join(address)
+    keep_stop_signals()
     try:
         yield
     finally:
