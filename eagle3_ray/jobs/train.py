@@ -20,7 +20,7 @@ from eagle3_ray.data.pipeline import BinSource
 from eagle3_ray.data.samples import SampleSpec
 from eagle3_ray.data.vocab import VocabMapping, write_mapping
 from eagle3_ray.errors import CheckpointError, DataError
-from eagle3_ray.jobs.cluster import WorkerRequest, choose_workers, ray_session
+from eagle3_ray.jobs.cluster import WorkerRequest, check_shared_memory, choose_workers, ray_session
 from eagle3_ray.jobs.fit import fit
 from eagle3_ray.jobs.vocab_mapping import resolve_mapping
 from eagle3_ray.model.config import DraftConfig, build_draft_config
@@ -151,6 +151,9 @@ def decide_job(
         final_norm_weight=load_final_norm(verifier).float(),
         rms_norm_eps=verifier.rms_norm_eps,
     )
+    if settings.pack_in == "task":
+        state_bytes = 2 * spec.hidden_size * (spec.num_aux_layers + 1)  # of a token, in bf16
+        check_shared_memory(settings.total_seq_len * state_bytes)
     index = build_index(str(settings.data_path), spec)
     mapping = resolve_and_write_mapping(settings, verifier)
     train_index, validation_index = split_index(index, settings.train_frac, settings.seed)
