@@ -132,6 +132,14 @@ class CheckpointSettings(Settings):
     )
 
 
+class OutputSettings(Settings):
+    """How the command tells what it does."""
+
+    log_format: Literal["text", "json"] = Field(
+        "text", description="Lines on stdout. text: for people; json: one JSON object a line, errors too."
+    )
+
+
 class LoggingSettings(Settings):
     """Where metrics go."""
 
@@ -171,6 +179,7 @@ class TrainSettings(
     ClusterSettings,
     CheckpointSettings,
     LoggingSettings,
+    OutputSettings,
 ):
     """Train an EAGLE-3 draft on a Ray cluster from a verifier's hidden states on disk."""
 
@@ -195,7 +204,7 @@ class TrainSettings(
         return self
 
 
-class VocabMappingSettings(Settings):
+class VocabMappingSettings(OutputSettings):
     """Choose the draft's vocabulary from token counts and write d2t.npy and t2d.npy."""
 
     token_freq_path: StoragePath = Field(
@@ -232,7 +241,7 @@ class VocabMappingSettings(Settings):
         return self
 
 
-class GenerateSettings(Settings):
+class GenerateSettings(OutputSettings):
     """Run a verifier over conversations and store its hidden states as v1 samples."""
 
     verifier_name_or_path: str = Field(
@@ -270,7 +279,7 @@ class GenerateSettings(Settings):
         return self
 
 
-class ExportSettings(Settings):
+class ExportSettings(OutputSettings):
     """Turn a checkpoint into the folder a server loads, reopen it and compare every tensor."""
 
     checkpoint_path: StoragePath = Field(

@@ -19,12 +19,15 @@ PACKAGE = Path(__file__).parents[1] / "eagle3_ray"
 LAYERS: dict[str, set[str]] = {
     "": set(),
     "__main__": {"cli"},
-    "cli": {"", "config", "schema", "flags", "settings_file", "errors"},
+    "cli": {"", "config", "schema", "flags", "settings_file", "errors", "console", "stopping"},
     "flags": {"config", "schema", "storage", "errors"},
     "settings_file": {"schema", "storage", "errors"},
     "config": {"schema", "storage"},
     "schema": {"storage"},
     "storage": {"errors"},
+    "console": set(),
+    "stopping": set(),
+    "machine": set(),
     "errors": set(),
     "versions": {""},
     "metrics": set(),
@@ -34,7 +37,7 @@ LAYERS: dict[str, set[str]] = {
     "model": {"model", "config", "storage", "errors"},
     "training": {
         *("training", "model", "data", "config", "storage", "errors"),
-        *("loggers", "metrics", "speculators_format", "versions"),
+        *("loggers", "metrics", "speculators_format", "versions", "console", "machine"),
     },
     "training.run_folder": {"storage", "errors"},
     "generation": {"generation", "model", "data", "config", "storage", "errors"},
@@ -46,14 +49,15 @@ LAYERS: dict[str, set[str]] = {
     "jobs": {
         *("", "jobs", "training", "generation", "export", "demo", "model", "data"),
         *("config", "errors", "loggers", "metrics", "settings_file", "speculators_format", "storage", "versions"),
+        *("console", "machine", "stopping"),
     },
 }
 
 # library -> where it may be imported; nowhere else. "jobs" stands for every module in it.
 LIBRARIES: dict[str, set[str]] = {
     "ray": {
-        *("data.index", "data.pipeline", "jobs"),
-        *("training.job", "training.loop", "training.progress", "training.rank"),
+        *("data.index", "data.pipeline", "jobs", "machine"),
+        *("training.channel", "training.job", "training.loop", "training.progress", "training.rank"),
     },
     "torch.distributed.fsdp": {"training.sharding"},
     "transformers": {"model", "generation", "demo", "jobs"},
@@ -67,8 +71,8 @@ LIBRARIES: dict[str, set[str]] = {
 
 HEAVY = {"torch", "ray", "transformers", "numpy", "pandas", "pyarrow", "safetensors"}
 NAMES_THAT_SAY_NOTHING = {"utils", "util", "common", "helpers", "helper", "base", "misc", "tools"}
-# Its prefetch thread hands every error to the consumer, which raises it.
-FORWARDS_EVERY_ERROR = {"data.pipeline"}
+# A thread of theirs hands every error to the one that waits for it, which raises it.
+FORWARDS_EVERY_ERROR = {"data.pipeline", "jobs.fit"}
 
 
 def name_of(path: Path) -> str:

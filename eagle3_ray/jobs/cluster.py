@@ -1,18 +1,22 @@
 """The Ray that a job runs on: the one there is, or one of its own; and whether the workers fit into it."""
 
 import logging
+import math
 import os
-import socket
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import ray
 
+from eagle3_ray.console import warn
 from eagle3_ray.errors import ClusterError
+from eagle3_ray.jobs.gcs_probe import check_cluster
+from eagle3_ray.machine import SHARED_MEMORY, free_shared_memory_bytes, usable_cpus
+from eagle3_ray.stopping import Stopped, keep_stop_signals
 
 CPUS_FOR_TASKS = 1  # beside the workers, for the tasks that feed them: without one, streaming waits for ever
-CONNECT_TIMEOUT_S = 10
 RAY_INIT_ERRORS = (OSError, RuntimeError, ValueError)  # OSError holds ConnectionError and TimeoutError
 
 
@@ -50,7 +54,7 @@ def ray_session(num_cpus: int | None = None) -> Iterator[None]:
         return
     address = os.environ.get("RAY_ADDRESS") or "local"
     if address == "local":
-        _start_local(num_cpus or (os.cpu_count() or 1) + CPUS_FOR_TASKS)
+        _start_local(num_cpus or usable_cpus() + CPUS_FOR_TASKS)
     else:
         _join(address)
     try:
@@ -61,26 +65,37 @@ def ray_session(num_cpus: int | None = None) -> Iterator[None]:
 
 def _start_local(num_cpus: int) -> None:
     # A local Ray turns token authentication on by itself; its warning tells how to turn that off.
-    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    # So does its warning of little shared memory, at length; ours is below.
+    for name in ("ray._private.authentication.authentication_token_setup", "ray._private.services"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    free_bytes = free_shared_memory_bytes()
     try:
-        ray.init(
-            address="local",
-            num_cpus=num_cpus,
-            include_dashboard=False,
-            logging_level=logging.WARNING,
-            log_to_driver=False,  # what concerns the user is told by the driver; the rest is in Ray's logs
-        )
+        with _stop_told_by_ray():
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                logging_level=logging.WARNING,
+                log_to_driver=False,  # what concerns the user is told by the driver; the rest is in Ray's logs
+            )
     except RAY_INIT_ERRORS as error:
         raise ClusterError(
             f"no local Ray with {num_cpus} CPUs could be started ({_first_line(error)}). "
             "Look into /tmp/ray/session_latest/logs."
         ) from error
+    store_bytes = cluster_resources()["object_store_memory"]
+    if free_bytes is not None and free_bytes < store_bytes:
+        warn(
+            f"{SHARED_MEMORY} has {_in_mib(free_bytes)} free, Ray's object store takes {_in_mib(store_bytes)}: it is "
+            f"on disk now, and slow. In a container, pass --shm-size {_in_gib(store_bytes)}."
+        )
 
 
 def _join(address: str) -> None:
     try:
-        _check_reachable(address)
-        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
+        check_cluster(address)
+        with _stop_told_by_ray():
+            ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
     except RAY_INIT_ERRORS as error:
         raise ClusterError(
             f"RAY_ADDRESS={address}: no Ray cluster can be joined there ({_first_line(error)}). "
@@ -88,15 +103,21 @@ def _join(address: str) -> None:
         ) from error
 
 
-def _check_reachable(address: str) -> None:
-    """Try the port of `host:port` first: ray.init alone goes on trying a dead one for minutes.
+@contextmanager
+def _stop_told_by_ray() -> Iterator[None]:
+    """Take the signals back that ray.init has taken, and its way of telling of one that came meanwhile.
 
     Raises:
-        OSError: Nobody answers.
+        Stopped: By SIGTERM within the block.
     """
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdecimal() and "/" not in host:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    try:
+        yield
+    except SystemExit as ended:
+        if ended.code == signal.SIGTERM:
+            raise Stopped(signal.SIGTERM) from None
+        raise
+    finally:
+        keep_stop_signals()
 
 
 def _first_line(error: Exception) -> str:
@@ -162,10 +183,38 @@ def check_workers_fit(num_workers: int, use_gpu: bool, cpus_per_worker: int) -> 
     if use_gpu and num_gpus < num_workers:
         advice.append("--no-use-gpu")
     pass_flags = f"Pass {' or '.join(advice)}, or add" if advice else "Add"
-    raise ClusterError(
+    message = (
         f"{_counted(num_workers, 'worker')} would take {asked}; the cluster has {_counted(num_cpus, 'CPU')} and "
         f"{_counted(num_gpus, 'GPU')} on {_counted(len(nodes), 'node')}. {pass_flags} nodes to the cluster."
     )
+    if use_gpu and num_gpus == 0:
+        message += " A container sees GPUs only with `docker run --gpus all`, and a pod with a limit on nvidia.com/gpu."
+    raise ClusterError(message)
+
+
+def check_shared_memory(bin_bytes: int) -> None:
+    """Refuse to send bins through the object store of a Ray of this machine alone that could not hold one in memory.
+
+    Raises:
+        ClusterError: Says what a bin takes and what there is.
+    """
+    free_bytes = free_shared_memory_bytes()
+    is_here_alone = sum(node["Alive"] for node in ray.nodes()) == 1
+    if is_here_alone and free_bytes is not None and bin_bytes > free_bytes:
+        raise ClusterError(
+            f"--pack-in task sends bins of {_in_mib(bin_bytes)} through {SHARED_MEMORY}, which has "
+            f"{_in_mib(free_bytes)} free. Pass --pack-in worker, or give the container more: --shm-size "
+            f"{_in_gib(8 * bin_bytes)}."
+        )
+
+
+def _in_mib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**20:,.0f} MiB"
+
+
+def _in_gib(num_bytes: float) -> str:
+    """Return a size as Docker's flags take it, rounded up."""
+    return f"{math.ceil(num_bytes / 2**30)}g"
 
 
 def _num_workers_on(node: dict[str, float], use_gpu: bool, cpus_per_worker: int) -> int:

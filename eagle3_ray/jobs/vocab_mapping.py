@@ -6,6 +6,7 @@ from numpy.typing import NDArray
 from ray.exceptions import RayTaskError
 
 from eagle3_ray.config import TrainSettings, VocabMappingSettings
+from eagle3_ray.console import say
 from eagle3_ray.data.index import count_supervised_tokens
 from eagle3_ray.data.vocab import (
     DEFAULT_DRAFT_VOCAB_SIZE,
@@ -17,9 +18,11 @@ from eagle3_ray.data.vocab import (
 )
 from eagle3_ray.errors import Eagle3RayError, UsageError, VocabMappingError
 from eagle3_ray.jobs.cluster import ray_session
+from eagle3_ray.stopping import when_stopped
 from eagle3_ray.storage import StoragePath
 
 
+@when_stopped("; the same command starts again")
 def run(settings: VocabMappingSettings) -> None:
     """Choose the draft's vocabulary, write both files, tell how much of the samples it covers.
 
@@ -51,9 +54,9 @@ def run(settings: VocabMappingSettings) -> None:
     mapping = choose_counted(counts, draft_vocab_size, str(source))
     d2t_path, t2d_path = settings.output_path / "d2t.npy", settings.output_path / "t2d.npy"
     write_mapping(mapping, str(d2t_path), str(t2d_path))
-    print(describe_mapping(mapping, counts))
-    print(f"counted from  {source}")
-    print(f"wrote         {d2t_path}, {t2d_path}")
+    say(describe_mapping(mapping, counts), "mapping", kept=len(mapping.kept_ids), vocab_size=vocab_size)
+    say(f"counted from  {source}")
+    say(f"wrote         {d2t_path}, {t2d_path}", "done", d2t_path=str(d2t_path), t2d_path=str(t2d_path))
 
 
 def resolve_vocab_size(settings: VocabMappingSettings) -> int:

@@ -1,6 +1,7 @@
 """What one rank holds while it trains, and how it comes to hold it."""
 
-import os
+import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import torch.distributed as dist
 
 from eagle3_ray.data.pipeline import BinSource
 from eagle3_ray.loggers import MultiLogger, open_loggers
+from eagle3_ray.machine import usable_cpus
+from eagle3_ray.metrics import TRAIN
 from eagle3_ray.model.draft import Eagle3Draft
 from eagle3_ray.model.initial import initial_weights
 from eagle3_ray.model.loss import TargetHead
@@ -34,6 +37,10 @@ class Rank:
         step: Optimizer updates done, over all epochs and restarts.
         grad_norm: Of the last update, before clipping.
         metrics: Of the last logged point.
+        owes_validation: The checkpoint it went on from was stored at the end of an epoch, without validation.
+        is_listening: Rank 0 listens for the driver's order to stop.
+        stop_ordered: Set on rank 0 once the driver orders to stop.
+        is_stopping: All ranks have agreed to save and stop.
     """
 
     number: int
@@ -49,6 +56,10 @@ class Rank:
     step: int
     grad_norm: float
     metrics: dict[str, float]
+    owes_validation: bool
+    is_listening: bool
+    stop_ordered: threading.Event
+    is_stopping: bool
 
     @property
     def is_first(self) -> bool:
@@ -67,7 +78,7 @@ def start_rank(job: TrainJob) -> Rank:
     settings, number = job.settings, dist.get_rank()
     device = ray.train.torch.get_device()
     # A local Ray may have one CPU more than the machine, for the tasks beside the workers.
-    torch.set_num_threads(min(torch.get_num_threads(), os.cpu_count() or 1))
+    torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
     compute_dtype = resolve_compute_dtype(settings.precision, device)
     tensors = load_verifier_tensors(job.verifier)
     weights = initial_weights(job.draft_config, tensors, job.mapping.kept_ids, settings.seed) if number == 0 else None
@@ -101,7 +112,11 @@ def start_rank(job: TrainJob) -> Rank:
         loggers=open_rank_loggers(job, number, step),
         step=step,
         grad_norm=0.0,
-        metrics={},
+        metrics={} if checkpoint is None else train_metrics(checkpoint.metrics),
+        owes_validation=checkpoint is not None and job.owes_validation(checkpoint),
+        is_listening=False,
+        stop_ordered=threading.Event(),
+        is_stopping=False,
     )
 
 
@@ -110,6 +125,11 @@ def ray_checkpoint(path: StoragePath) -> ray.train.Checkpoint:
     if isinstance(path, ObjectPath):
         return ray.train.Checkpoint(path.key, path.filesystem)
     return ray.train.Checkpoint.from_directory(path)
+
+
+def train_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return what was measured in training; what an older draft was validated at is left out."""
+    return {name: value for name, value in metrics.items() if name.startswith(f"{TRAIN}/")}
 
 
 def resolve_compute_dtype(precision: str, device: torch.device) -> torch.dtype:

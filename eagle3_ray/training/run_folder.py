@@ -62,6 +62,11 @@ def step_folder(step: int) -> str:
     return f"step-{step:06d}"
 
 
+def is_step_folder(name: str) -> bool:
+    """Tell a checkpoint within an epoch from one after an epoch."""
+    return name.startswith("step-")
+
+
 def find_committed(save_dir: StoragePath) -> list[CommittedCheckpoint]:
     """Return the whole checkpoints of a run, oldest first; half-written ones are passed over.
 
@@ -71,7 +76,8 @@ def find_committed(save_dir: StoragePath) -> list[CommittedCheckpoint]:
     if not save_dir.is_dir():
         return []
     found = [_open(path) for path in save_dir.iterdir() if _NAME.fullmatch(path.name) and (path / COMMITTED).is_file()]
-    return sorted(found, key=lambda checkpoint: checkpoint.step)
+    # An epoch that was stopped before its validation has two of one step; the validated one is the newer.
+    return sorted(found, key=lambda checkpoint: (checkpoint.step, not is_step_folder(checkpoint.path.name)))
 
 
 def latest_committed(save_dir: StoragePath) -> CommittedCheckpoint | None:

@@ -12,6 +12,7 @@ from ray.train.v2._internal.exceptions import (
     WorkerHealthCheckFailedError,
     WorkerHealthCheckTimeoutError,
 )
+from ray.train.v2.api.preemption import PreemptionInfo
 
 from eagle3_ray.errors import ClusterError, SampleFormatError
 from eagle3_ray.jobs.failures import raise_cause
@@ -81,14 +82,17 @@ def test_of_several_ranks_the_first_is_shown() -> None:
         ray.train.ControllerError(WorkerGroupStartupTimeoutError(4)),
         ray.train.ControllerError(ActorDiedError()),
         ActorDiedError(),
+        ray.train.PreemptionError(PreemptionInfo(deadline_ms=0, preempted_node_to_ranks={"node": [1]})),
     ],
-    ids=range(6),
+    ids=range(7),
 )
 def test_a_lost_worker_is_a_cluster_error_that_says_how_to_go_on(error: BaseException) -> None:
+    with pytest.raises(ClusterError, match=r"a worker was lost: (?s:.)+Type the same command .+ stored\.$"):
+        raise_cause(error)  # of a verb that restarts nothing
     with pytest.raises(
-        ClusterError, match=r"a worker was lost: (?s:.)+Type the same command.+--max-failures"
+        ClusterError, match=r"a worker was lost: (?s:.)+Type the same command .+ stored, or set --max-failures"
     ) as caught:
-        raise_cause(error)
+        raise_cause(error, "--max-failures")
     assert caught.value.exit_code == 5 and caught.value.__cause__ is error
 
 
