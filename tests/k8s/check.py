@@ -33,7 +33,7 @@ def problems(manifests: list[Manifest]) -> Iterator[str]:
 
 def main(folders: Sequence[Path] = OVERLAYS) -> int:
     """Check folders and print a line for each; return 1 if anything is wrong."""
-    yamllint = [Path(sys.executable).parent / "yamllint", "--strict", "--config-file", "k8s/.yamllint", "k8s"]
+    yamllint = [str(Path(sys.executable).parent / "yamllint"), "--strict", "--config-file", "k8s/.yamllint", "k8s"]
     failed = subprocess.run(yamllint, cwd=REPOSITORY).returncode
     try:
         template = parse(SECRETS_TEMPLATE.read_text(encoding="utf-8"))

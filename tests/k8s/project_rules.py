@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import itertools
 import re
 import shlex
 import tempfile
@@ -89,20 +90,23 @@ def settings_of(job: Manifest, manifests: list[Manifest]) -> tuple[str, Settings
     Raises:
         UsageError: It is no such command, or its settings cannot be used.
     """
-    program, verb, *flags = [*shlex.split(job["spec"]["entrypoint"]), "", ""]
-    if program != "eagle3-ray" or verb not in VERBS:
+    program, *words = shlex.split(job["spec"]["entrypoint"])
+    if program != "eagle3-ray" or not words or words[0] not in VERBS:
         raise UsageError(f"entrypoint {job['spec']['entrypoint']}: expected eagle3-ray and one of {', '.join(VERBS)}")
-    flags = [flag for flag in flags if flag]
+    files = [after for before, after in itertools.pairwise(words) if before == "--config"]
+    return words[0], _read_settings(tuple(words), tuple((file, read_mounted(job, manifests, file)) for file in files))
+
+
+@functools.cache  # three rules ask for the same
+def _read_settings(words: tuple[str, ...], files: tuple[tuple[str, str], ...]) -> Settings:
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()) as told:
-        for number, flag in enumerate(flags[:-1]):
-            if flag == "--config":
-                file = Path(folder) / Path(flags[number + 1]).name
-                file.write_text(read_mounted(job, manifests, flags[number + 1]), encoding="utf-8")
-                flags[number + 1] = str(file)
+        here = {path: Path(folder) / Path(path).name for path, _ in files}
+        for path, text in files:
+            here[path].write_text(text, encoding="utf-8")
         try:
-            return verb, read_settings(verb, flags)
+            return read_settings(words[0], [str(here.get(word, word)) for word in words[1:]])
         except SystemExit as error:  # tyro's answer to an unknown flag
-            raise UsageError(f"entrypoint {job['spec']['entrypoint']}: {told.getvalue()}") from error
+            raise UsageError(f"entrypoint eagle3-ray {shlex.join(words)}: {told.getvalue()}") from error
 
 
 def read_mounted(job: Manifest, manifests: list[Manifest], path: str) -> str:
