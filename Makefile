@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export RAY_USAGE_STATS_ENABLED = 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install test demo demo-short check format flags constraints clean distclean
+.PHONY: help install test demo demo-short check k8s-check format flags constraints clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -41,6 +41,9 @@ check: $(INSTALLED) ## lint, format and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+k8s-check: $(INSTALLED) ## render the manifests of k8s/ and check them; needs kubectl, no cluster
+	$(BIN)/python -m tests.k8s.check
 
 format: $(INSTALLED) ## rewrite the code as `make check` wants it
 	$(BIN)/ruff check --fix
