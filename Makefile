@@ -7,11 +7,20 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 SHORT_DEMO := build/demo-short
 
+VARIANT ?= gpu
+IMAGE ?= eagle3-ray:$(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' eagle3_ray/__init__.py)
+# torch's wheels for CPUs are not on PyPI: a folder of wheels that pip knows of, or the page that lists them.
+TORCH_CPU_WHEELS ?= $(or $(PIP_FIND_LINKS),$(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null),$(TORCH_PAGE))
+TORCH_PAGE := https://download.pytorch.org/whl/cpu/torch/
+COMPILE_LOCK := $(BIN)/uv pip compile -q -c constraints.txt --python-version 3.11 \
+	--python-platform x86_64-manylinux_2_28 --generate-hashes --no-annotate --no-header
+YAMLLINT := {extends: default, rules: {document-start: disable, line-length: {max: 120}}}
+
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export RAY_USAGE_STATS_ENABLED = 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install test demo demo-short check k8s-check format flags constraints clean distclean
+.PHONY: help install test demo demo-short check format image image-test k8s-check flags lock constraints clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -41,6 +50,15 @@ check: $(INSTALLED) ## lint, format and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/hadolint docker/Dockerfile
+	$(BIN)/yamllint --strict -d '$(YAMLLINT)' docker .github
+
+image: ## build the image with Docker or podman: VARIANT=gpu (default) or cpu
+	TORCH_CPU_WHEELS='$(TORCH_CPU_WHEELS)' docker/build.sh $(VARIANT) $(IMAGE)$(if $(filter cpu,$(VARIANT)),-cpu)
+
+image-test: $(INSTALLED) ## build the CPU image and prove it, alone and as a Ray cluster of two containers
+	$(MAKE) image VARIANT=cpu
+	EAGLE3_IMAGE=$(IMAGE)-cpu $(BIN)/python -m pytest tests/containers -v --durations=0 $(ARGS)
 
 k8s-check: $(INSTALLED) ## render the manifests of k8s/ and check them; needs kubectl, no cluster
 	$(BIN)/python -m tests.k8s.check
@@ -51,6 +69,11 @@ format: $(INSTALLED) ## rewrite the code as `make check` wants it
 
 flags: $(INSTALLED) ## write the README's tables of flags anew from the schema
 	$(BIN)/python -m eagle3_ray.flags README.md
+
+lock: $(INSTALLED) ## write the image's locks anew from pyproject.toml and constraints.txt
+	$(COMPILE_LOCK) pyproject.toml -o docker/requirements.gpu.lock $(ARGS)
+	$(COMPILE_LOCK) pyproject.toml -o docker/requirements.cpu.lock --find-links '$(TORCH_CPU_WHEELS)' $(ARGS)
+	echo uv | $(COMPILE_LOCK) - -o docker/requirements.uv.lock $(ARGS)
 
 constraints: $(INSTALLED) ## pin what .venv holds now
 	@{ head -1 constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu$$//'; } > constraints.new
