@@ -47,7 +47,7 @@ LAYERS: dict[str, set[str]] = {
 LIBRARIES: dict[str, set[str]] = {
     "ray": {
         *("data.index", "data.pipeline", "jobs"),
-        *("training.job", "training.loop", "training.progress", "training.rank"),
+        *("training.job", "training.loop", "training.progress", "training.rank", "training.telemetry"),
     },
     "torch.distributed.fsdp": {"training.sharding"},
     "transformers": {"model", "generation", "demo", "jobs"},
