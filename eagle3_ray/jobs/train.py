@@ -53,7 +53,7 @@ def run(settings: TrainSettings) -> None:
     # Workers change directory: every path is made absolute once, here.
     settings = with_absolute_paths(settings)
     verifier = read_verifier_config(settings.verifier_name_or_path)
-    with ray_session(), ProgressBoard() as board:
+    with ray_session(job_metadata=describe_job(settings)), ProgressBoard() as board:
         workers = choose_workers(settings.num_workers, settings.use_gpu)
         checkpoint = open_run_folder(settings)
         job = decide_job(settings, verifier, workers, checkpoint, board.sender)
@@ -65,6 +65,16 @@ def run(settings: TrainSettings) -> None:
             fit(job, workers)
     best = settings.save_path / BEST
     print(f"done: {job.stop_step} steps; best draft {best} -> {best.resolve().name}")
+
+
+def describe_job(settings: TrainSettings) -> dict[str, str]:
+    """Return what the job page of a cluster's dashboard says of the run."""
+    return {
+        "run": settings.run_name or settings.save_path.name,
+        "verifier": settings.verifier_name_or_path,
+        "data_path": str(settings.data_path),
+        "save_path": str(settings.save_path),
+    }
 
 
 def with_absolute_paths(settings: TrainSettings) -> TrainSettings:
