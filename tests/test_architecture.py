@@ -58,6 +58,7 @@ LIBRARIES: dict[str, set[str]] = {
     "ray": {
         *("data.index", "data.pipeline", "jobs", "machine"),
         *("training.channel", "training.job", "training.loop", "training.progress", "training.rank"),
+        "training.telemetry",
     },
     "torch.distributed.fsdp": {"training.sharding"},
     "transformers": {"model", "generation", "demo", "jobs"},

@@ -4,11 +4,12 @@ import logging
 import math
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import ray
+from ray.job_config import JobConfig
 
 from eagle3_ray.console import warn
 from eagle3_ray.errors import ClusterError
@@ -36,7 +37,7 @@ class WorkerRequest:
 
 
 @contextmanager
-def ray_session(num_cpus: int | None = None) -> Iterator[None]:
+def ray_session(num_cpus: int | None = None, job_metadata: Mapping[str, str] | None = None) -> Iterator[None]:
     """Have a Ray for the length of a block.
 
     A Ray that this process has already joined is used and left as it is; else the cluster that `RAY_ADDRESS` names
@@ -45,6 +46,8 @@ def ray_session(num_cpus: int | None = None) -> Iterator[None]:
 
     Args:
         num_cpus: logical CPUs of a local Ray. Default: the machine's, and one more for the tasks that feed the workers.
+        job_metadata: what a cluster's job page says of this driver. Of a submitted job it says what was given to `ray
+            job submit --metadata-json`, which Ray does not let a driver change.
 
     Raises:
         ClusterError: The cluster cannot be reached, or no local Ray can be started.
@@ -56,7 +59,7 @@ def ray_session(num_cpus: int | None = None) -> Iterator[None]:
     if address == "local":
         _start_local(num_cpus or usable_cpus() + CPUS_FOR_TASKS)
     else:
-        _join(address)
+        _join(address, dict(job_metadata or {}))
     try:
         yield
     finally:
@@ -91,11 +94,18 @@ def _start_local(num_cpus: int) -> None:
         )
 
 
-def _join(address: str) -> None:
+def _join(address: str, job_metadata: dict[str, str]) -> None:
+    # A cluster's dashboard has a page for runs of Ray Train, which is empty unless the driver asks for it.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
     try:
         check_cluster(address)
         with _stop_told_by_ray():
-            ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
+            ray.init(
+                address=address,
+                logging_level=logging.WARNING,
+                log_to_driver=False,
+                job_config=JobConfig(metadata=job_metadata),
+            )
     except RAY_INIT_ERRORS as error:
         raise ClusterError(
             f"RAY_ADDRESS={address}: no Ray cluster can be joined there ({_first_line(error)}). "

@@ -57,7 +57,7 @@ def run(settings: TrainSettings) -> None:
     settings = with_absolute_paths(settings)
     with told_where_to_go_on(settings.save_path):
         verifier = read_verifier_config(settings.verifier_name_or_path)
-        with ray_session(), ProgressBoard() as board:
+        with ray_session(job_metadata=describe_job(settings)), ProgressBoard() as board:
             job = carry_out(settings, verifier, board.channel)
     best = settings.save_path / BEST
     chosen = follow_best(best)
@@ -102,6 +102,16 @@ def told_where_to_go_on(save_dir: StoragePath) -> Iterator[None]:
                 else f"; nothing was saved since {saved.path} (step {saved.step}); the same command goes on from there"
             )
         raise
+
+
+def describe_job(settings: TrainSettings) -> dict[str, str]:
+    """Return what the job page of a cluster's dashboard says of the run."""
+    return {
+        "run": settings.run_name or settings.save_path.name,
+        "verifier": settings.verifier_name_or_path,
+        "data_path": str(settings.data_path),
+        "save_path": str(settings.save_path),
+    }
 
 
 def with_absolute_paths(settings: TrainSettings) -> TrainSettings:

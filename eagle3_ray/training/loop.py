@@ -121,7 +121,9 @@ def log_progress(rank: Rank) -> None:
     rank.metrics |= {f"{TRAIN}/{name}": value for name, value in speed.items()}
     rank.metrics[f"{TRAIN}/lr"] = rank.optimizer.param_groups[0]["lr"]
     rank.metrics[f"{TRAIN}/grad_norm"] = rank.grad_norm
+    rank.metrics[f"{TRAIN}/step"] = float(rank.step)
     rank.metrics[f"{TRAIN}/epoch"] = rank.step / job.schedule.steps_per_epoch
+    rank.metrics[f"{TRAIN}/progress_frac"] = rank.step / job.stop_step
     rank.loggers.log(rank.metrics, rank.step)
     if rank.is_first:
         epoch, step_of_epoch = divmod(rank.step - 1, job.schedule.steps_per_epoch)

@@ -27,6 +27,7 @@ from eagle3_ray.training.optim import build_optimizer
 from eagle3_ray.training.run_folder import STATE, check_same_run, latest_committed
 from eagle3_ray.training.sharding import build_sharded_draft
 from eagle3_ray.training.step import StepSettings
+from eagle3_ray.training.telemetry import RayGauges, last_validation
 
 
 @dataclass
@@ -152,14 +153,20 @@ def build_target_head(
 
 
 def open_rank_loggers(job: TrainJob, number: int, step: int) -> MultiLogger:
-    """Open the loggers asked for on rank 0, and none elsewhere."""
+    """Open Ray's gauges and the loggers asked for on rank 0, and none elsewhere."""
+    if number != 0:
+        return MultiLogger(())
     settings = job.settings
-    return open_loggers(
-        names=settings.logger_names if number == 0 else (),
+    run_name = settings.run_name or settings.save_path.name
+    chosen = open_loggers(
+        names=settings.logger_names,
         log_dir=settings.log_dir,
-        run_name=settings.run_name or settings.save_path.name,
+        run_name=run_name,
         project="eagle3_ray",
         settings=settings.model_dump(mode="json"),
         resume_step=step,
         run_ids_dir=settings.save_path,
     )
+    gauges = RayGauges(run_name, str(settings.save_path))
+    gauges.log(last_validation(settings.save_path), step)
+    return MultiLogger((gauges, chosen))

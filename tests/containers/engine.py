@@ -202,5 +202,3 @@ def last_metrics(run_dir: Path) -> dict[str, float]:
     records = [json.loads((path.parent / "run.json").read_text()) for path in run_dir.glob("*/COMMITTED")]
     newest = max(records, key=lambda record: int(record["step"]))
     return {name: value for name, value in newest["metrics"].items() if name.startswith("val/")}
-
-

@@ -122,7 +122,7 @@ class Rehearsal:
         venv = Path(sys.executable).parent.parent
         folders = {*MACHINE, sys.base_prefix, str(venv), str(venv.resolve()), str(REPOSITORY)}
         found = sorted(folder for folder in folders if Path(folder).exists())
-        return [f"rw /dev /dev", *(f"ro {folder} {folder}" for folder in found), f"ro {self.folder}/passwd /etc/passwd"]
+        return ["rw /dev /dev", *(f"ro {folder} {folder}" for folder in found), f"ro {self.folder}/passwd /etc/passwd"]
 
     def _volumes(self, group: PodGroup) -> list[str]:
         """Return the manifest's mounts; /dev/shm is the operator's."""
