@@ -11,7 +11,7 @@ import torch
 from ray.train import Checkpoint, CheckpointConsistencyMode
 
 from eagle3_ray.data.pipeline import StepBins, iter_step_bins
-from eagle3_ray.errors import NonFiniteError
+from eagle3_ray.errors import NonFiniteError, on_top
 from eagle3_ray.metrics import TRAIN, VAL, summarize
 from eagle3_ray.storage import write_atomically
 from eagle3_ray.training.checkpoint import write_checkpoint
@@ -34,6 +34,7 @@ from eagle3_ray.versions import installed_versions
 STOP_EVERY_VALIDATION_STEPS = 8
 
 
+@on_top()
 def run_rank(job: TrainJob) -> None:
     """Train until the run is complete. Every rank of the TorchTrainer runs this, and again after a restart.
 

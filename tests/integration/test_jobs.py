@@ -122,8 +122,11 @@ def wait_for_dashboard(head: Head, process: "subprocess.Popen[bytes]", timeout_s
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of this checkout after some use."""
     folder = tmp_path_factory.mktemp("checkout") / "eagle3"
-    unwanted = shutil.ignore_patterns(".git", ".venv", ".*_cache", ".hypothesis", "__pycache__", "parity", "demo")
-    shutil.copytree(ROOT, folder, ignore=unwanted)
+    for name in ("eagle3_ray", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "parity"))
+    for path in ROOT.iterdir():
+        if path.is_file() and path.name != ".git":
+            shutil.copy(path, folder)
     for name in (".venv/bin/python", ".git/config", "data/data_0.pt", "checkpoints/0/state/0.distcp", "logs/events"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"x")

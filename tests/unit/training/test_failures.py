@@ -14,7 +14,7 @@ from ray.train.v2._internal.exceptions import (
 )
 from ray.train.v2.api.preemption import PreemptionInfo
 
-from eagle3_ray.errors import ClusterError, SampleFormatError
+from eagle3_ray.errors import ClusterError, SampleFormatError, on_top
 from eagle3_ray.jobs.failures import raise_cause
 
 TEXT = "data_1.pt: aux state 1 has NaN"
@@ -94,6 +94,39 @@ def test_a_lost_worker_is_a_cluster_error_that_says_how_to_go_on(error: BaseExce
     ) as caught:
         raise_cause(error, "--max-failures")
     assert caught.value.exit_code == 5 and caught.value.__cause__ is error
+
+
+def fail_behind_another_error() -> None:
+    try:
+        raise ours()
+    except SampleFormatError as error:
+        raise RuntimeError("the reader gave up") from error
+
+
+def fail_while_tidying_up() -> None:
+    try:
+        raise ours()
+    finally:
+        raise RuntimeError("and then the disk was full")
+
+
+@pytest.mark.parametrize("fail", [fail_behind_another_error, fail_while_tidying_up])
+def test_our_error_behind_another_one_crosses_processes(fail: Callable[[], None]) -> None:
+    with pytest.raises(RuntimeError) as caught:
+        fail()
+    sent = cloudpickle.loads(cloudpickle.dumps(caught.value))
+    assert sent.__cause__ is None and sent.__context__ is None  # or there would be nothing to do
+    with pytest.raises(SampleFormatError) as ours_caught:
+        on_top()(fail)()
+    assert str(cloudpickle.loads(cloudpickle.dumps(ours_caught.value))) == TEXT
+
+
+def test_an_error_without_ours_behind_it_is_left_alone() -> None:
+    def fail() -> None:
+        raise KeyError("bug")
+
+    with pytest.raises(KeyError):
+        on_top()(fail)()
 
 
 @pytest.mark.parametrize(
