@@ -20,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export RAY_USAGE_STATS_ENABLED = 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install test demo demo-short check format image image-test flags lock constraints clean distclean
+.PHONY: help install test demo demo-short check format image image-test k8s-check flags lock constraints clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -59,6 +59,9 @@ image: ## build the image with Docker or podman: VARIANT=gpu (default) or cpu
 image-test: $(INSTALLED) ## build the CPU image and prove it, alone and as a Ray cluster of two containers
 	$(MAKE) image VARIANT=cpu
 	EAGLE3_IMAGE=$(IMAGE)-cpu $(BIN)/python -m pytest tests/containers -v --durations=0 $(ARGS)
+
+k8s-check: $(INSTALLED) ## render the manifests of k8s/ and check them; needs kubectl, no cluster
+	$(BIN)/python -m tests.k8s.check
 
 format: $(INSTALLED) ## rewrite the code as `make check` wants it
 	$(BIN)/ruff check --fix

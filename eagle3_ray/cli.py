@@ -19,13 +19,13 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from eagle3_ray import __version__
-from eagle3_ray.config import VERBS
+from eagle3_ray.config import VERBS, OutputSettings
+from eagle3_ray.console import complain, use_log_format
 from eagle3_ray.errors import Eagle3RayError, UsageError
 from eagle3_ray.flags import Flag, flag_groups, flag_name, flags_of
 from eagle3_ray.schema import Settings
 from eagle3_ray.settings_file import read_settings_file
-
-INTERRUPTED = 130
+from eagle3_ray.stopping import Stopped, stop_signals
 
 # pydantic's kinds of problem in our words; the names in braces come with the problem.
 PROBLEMS = {
@@ -52,7 +52,7 @@ PROBLEMS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 done, 130 interrupted, else that of the error (`errors.py`).
+    """Run one command and return its exit code: 0 done, 143 or 130 stopped by SIGTERM or SIGINT, else the error's.
 
     Args:
         arguments: The verb and its flags; those of the process if None.
@@ -60,17 +60,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: From tyro: 0 after a verb's `--help`, 2 for a flag there is not.
     """
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return _run_command(list(sys.argv[1:] if arguments is None else arguments))
+        with stop_signals():
+            return _run_command(words)
     except Eagle3RayError as error:
-        print(f"error: {error}", file=sys.stderr)
+        kind = type(error).__name__
+        complain(f"error: {error}", "error", exit_code=error.exit_code, error=kind)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
+    except Stopped as stop:
+        complain(str(stop), "stopped", exit_code=stop.exit_code, signal=stop.signal.name)
+        return stop.exit_code
 
 
 def _run_command(arguments: list[str]) -> int:
+    use_log_format("text")
     if not arguments:
         print(_overview(), file=sys.stderr)
         return UsageError.exit_code
@@ -81,10 +85,18 @@ def _run_command(arguments: list[str]) -> int:
         print(f"eagle3-ray {__version__}")
         return 0
     verb = _read_verb(arguments[0])
+    if _asks_for_json(arguments):
+        use_log_format("json")  # before the settings are read: what is wrong with them is told in JSON too
     settings = read_settings(verb, arguments[1:])
+    if isinstance(settings, OutputSettings):
+        use_log_format(settings.log_format)
     job = importlib.import_module(f"eagle3_ray.jobs.{verb.replace('-', '_')}")
     job.run(settings)
     return 0
+
+
+def _asks_for_json(arguments: Sequence[str]) -> bool:
+    return "--log-format json" in " ".join(arguments).replace("--log-format=", "--log-format ")
 
 
 def _overview() -> str:
@@ -98,7 +110,7 @@ def _overview() -> str:
             *lines,
             "",
             "`eagle3-ray VERB --help` lists a verb's flags with their defaults; `--config FILE` reads them from YAML.",
-            "Exit codes: 0 done, 1 a bug, 2 usage, 3 data, 4 checkpoint or export, 5 cluster, 130 interrupted.",
+            "Exit codes: 0 done, 1 a bug, 2 usage, 3 data, 4 checkpoint or export, 5 cluster; 143 or 130 stopped.",
         ]
     )
 

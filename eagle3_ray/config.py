@@ -5,6 +5,8 @@ tables (`flags.py`) are all derived from these classes; nothing else states a de
 settings inherit from is a section: its fields stand together in `--help`, and code that needs only those fields
 asks for that class.
 
+A `StoragePath` may be a folder or a file of this machine, of a mount, or on an object store (`s3://`, `gs://`).
+
 A field's description is its help text. What follows "Default:" in it says what a default of None stands for.
 Imports neither torch nor ray, so that `--help` answers at once.
 """
@@ -15,6 +17,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from eagle3_ray.schema import Settings
+from eagle3_ray.storage import ObjectPath, StoragePath
 
 LOGGER_NAMES = ("tensorboard", "wandb", "trackio")
 
@@ -93,14 +96,16 @@ class DataSettings(Settings):
 class VocabularySettings(Settings):
     """Which tokens the draft can say: from these files, or chosen before training when neither is there."""
 
-    d2t_path: Path = Field(
+    d2t_path: StoragePath = Field(
         Path("d2t.npy"), description="Offsets from draft id to verifier id, int64 [draft vocabulary]."
     )
-    t2d_path: Path = Field(Path("t2d.npy"), description="Mask of the verifier ids kept, bool [verifier vocabulary].")
+    t2d_path: StoragePath = Field(
+        Path("t2d.npy"), description="Mask of the verifier ids kept, bool [verifier vocabulary]."
+    )
     draft_vocab_size: int | None = Field(
         None, ge=1, description="Tokens the draft can say. Default: 32000, or the verifier's vocabulary if smaller."
     )
-    token_freq_path: Path | None = Field(
+    token_freq_path: StoragePath | None = Field(
         None, description="Token counts to choose the vocabulary by. Default: counted from the samples."
     )
 
@@ -127,11 +132,19 @@ class CheckpointSettings(Settings):
     )
 
 
+class OutputSettings(Settings):
+    """How the command tells what it does."""
+
+    log_format: Literal["text", "json"] = Field(
+        "text", description="Lines on stdout. text: for people; json: one JSON object a line, errors too."
+    )
+
+
 class LoggingSettings(Settings):
     """Where metrics go."""
 
     logger: str = Field("", description="Any of tensorboard, wandb, trackio, comma-separated.")
-    log_dir: Path = Field(Path("./logs"), description="Folder the loggers write to.")
+    log_dir: Path = Field(Path("./logs"), description="Folder of this machine the loggers write to.")
     run_name: str | None = Field(
         None, min_length=1, description="The run's name there. Default: the run folder's name."
     )
@@ -166,31 +179,38 @@ class TrainSettings(
     ClusterSettings,
     CheckpointSettings,
     LoggingSettings,
+    OutputSettings,
 ):
     """Train an EAGLE-3 draft on a Ray cluster from a verifier's hidden states on disk."""
 
-    verifier_name_or_path: str = Field(min_length=1, description="Verifier: a transformers folder or a hub id.")
-    data_path: Path = Field(Path("./data"), description="Folder of .pt samples, searched at any depth.")
-    save_path: Path = Field(Path("./checkpoints"), description="Run folder: a sub-folder for each checkpoint.")
+    verifier_name_or_path: str = Field(
+        min_length=1, description="Verifier: a transformers folder, local or a URL, or a hub id."
+    )
+    data_path: StoragePath = Field(Path("./data"), description="Folder of .pt samples, searched at any depth.")
+    save_path: StoragePath = Field(Path("./checkpoints"), description="Run folder: a sub-folder for each checkpoint.")
 
     @model_validator(mode="after")
     def _check(self) -> "TrainSettings":
         problems = []
         if self.norm_before_fc and self.fc_norm:
             problems.append("--norm-before-fc and --fc-norm exclude each other: choose one")
+        if isinstance(self.save_path, ObjectPath) and "/" not in self.save_path.key:
+            problems.append(
+                f"--save-path {self.save_path}: expected a folder in the bucket, such as {self.save_path}/run"
+            )
         if self.d2t_path == self.t2d_path:
             problems.append(f"--d2t-path and --t2d-path are both {self.d2t_path}: they are two files")
         _refuse(problems)
         return self
 
 
-class VocabMappingSettings(Settings):
+class VocabMappingSettings(OutputSettings):
     """Choose the draft's vocabulary from token counts and write d2t.npy and t2d.npy."""
 
-    token_freq_path: Path = Field(
+    token_freq_path: StoragePath = Field(
         Path("./token_freq.pt"), description="Counts: a dict {token id: times it is supervised}."
     )
-    data_path: Path | None = Field(
+    data_path: StoragePath | None = Field(
         None, description="Folder of .pt samples to count from when there is no frequency file. Default: none."
     )
     data_format_version: Literal[0, 1] = Field(1, description="Format of the samples under --data-path.")
@@ -205,7 +225,7 @@ class VocabMappingSettings(Settings):
         min_length=1,
         description="Verifier whose config tells the vocabulary size. Default: --target-vocab-size tells it.",
     )
-    output_path: Path = Field(Path("."), description="Folder for d2t.npy and t2d.npy.")
+    output_path: StoragePath = Field(Path("."), description="Folder for d2t.npy and t2d.npy.")
 
     @model_validator(mode="after")
     def _check(self) -> "VocabMappingSettings":
@@ -221,16 +241,18 @@ class VocabMappingSettings(Settings):
         return self
 
 
-class GenerateSettings(Settings):
+class GenerateSettings(OutputSettings):
     """Run a verifier over conversations and store its hidden states as v1 samples."""
 
     verifier_name_or_path: str = Field(
-        min_length=1, description="Verifier: a transformers folder or a hub id, with a tokenizer."
+        min_length=1, description="Verifier with a tokenizer: a transformers folder, local or a URL, or a hub id."
     )
-    conversations_path: Path = Field(
+    conversations_path: StoragePath = Field(
         description='JSONL, a sample a line: {"conversations": [...]}, {"messages": [...]} or {"text": ...}.'
     )
-    output_path: Path = Field(Path("./data"), description="Folder for the samples, token_freq.pt and data_config.json.")
+    output_path: StoragePath = Field(
+        Path("./data"), description="Folder for the samples, token_freq.pt and data_config.json."
+    )
     aux_layer_ids: LayerIds | None = Field(
         None,
         description="Auxiliary layers in serving numbering (id k is the state that enters layer k), rising. "
@@ -257,10 +279,12 @@ class GenerateSettings(Settings):
         return self
 
 
-class ExportSettings(Settings):
+class ExportSettings(OutputSettings):
     """Turn a checkpoint into the folder a server loads, reopen it and compare every tensor."""
 
-    checkpoint_path: Path = Field(description="A checkpoint folder, such as ./checkpoints/3 or ./checkpoints/best.")
+    checkpoint_path: StoragePath = Field(
+        description="A checkpoint folder, such as ./checkpoints/3 or ./checkpoints/best."
+    )
     output_path: Path = Field(description="Folder to write; must be absent or empty.")
     format: Literal["speculators", "sglang"] = Field(
         "speculators", description="Names and config to write. speculators: what vLLM loads; sglang: what SGLang loads."

@@ -26,7 +26,8 @@ from torch import Tensor
 from eagle3_ray.errors import ExportError, VerifierError
 from eagle3_ray.model.verifier import read_verifier_config
 from eagle3_ray.speculators_format import CONFIG_FILE, WEIGHTS_FILE, SpeculatorsConfig, check_speculators_folder
-from eagle3_ray.training.run_folder import COMMITTED
+from eagle3_ray.storage import StoragePath, local_copy
+from eagle3_ray.training.run_folder import COMMITTED, follow_best
 
 ExportFormat = Literal["speculators", "sglang"]
 # Drafts that SGLang serves read three auxiliary states; the width of its fc is fixed.
@@ -53,11 +54,11 @@ class ExportedDraft:
     serve_command: str
 
 
-def export_checkpoint(checkpoint_path: Path, output_path: Path, target: ExportFormat) -> ExportedDraft:
+def export_checkpoint(checkpoint_path: StoragePath, output_path: Path, target: ExportFormat) -> ExportedDraft:
     """Write a checkpoint's draft in a server's format.
 
     Args:
-        checkpoint_path: A committed checkpoint, or a link to one such as `best`.
+        checkpoint_path: A committed checkpoint, or what names one such as `best`; on an object store too.
         output_path: Absent, or an empty folder.
         target: Which server's format.
 
@@ -69,23 +70,23 @@ def export_checkpoint(checkpoint_path: Path, output_path: Path, target: ExportFo
     checkpoint = _find_checkpoint(checkpoint_path)
     output = output_path.absolute()
     _check_free(output)
-    config = check_speculators_folder(checkpoint)
-    tensors = load_file(checkpoint / WEIGHTS_FILE)
+    with local_copy(checkpoint, (CONFIG_FILE, WEIGHTS_FILE)) as folder:
+        config = check_speculators_folder(folder)
+        tensors = load_file(folder / WEIGHTS_FILE)
+        exported_config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise ExportError(f"{checkpoint}: NaN or Inf in {', '.join(sorted(broken))}. Export an older checkpoint.")
     if target == "sglang":
         exported_config, tensors = build_sglang_config(config, checkpoint), rename_for_sglang(tensors)
-    else:
-        exported_config = json.loads((checkpoint / CONFIG_FILE).read_text(encoding="utf-8"))
     _write_compared(output, exported_config, tensors, target)
     num_bytes = (output / WEIGHTS_FILE).stat().st_size
     return ExportedDraft(output, len(tensors), num_bytes, _serve_command(config, output, target))
 
 
-def _find_checkpoint(path: Path) -> Path:
+def _find_checkpoint(path: StoragePath) -> StoragePath:
     """Return the folder itself, `best` followed once, so that a run that moves on cannot change it meanwhile."""
-    checkpoint = path.resolve()
+    checkpoint = follow_best(path)
     named = str(path) if checkpoint == path.absolute() else f"{path} -> {checkpoint}"
     if not checkpoint.is_dir():
         raise ExportError(
@@ -115,7 +116,7 @@ def rename_for_sglang(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def build_sglang_config(config: SpeculatorsConfig, checkpoint: Path) -> dict[str, Any]:
+def build_sglang_config(config: SpeculatorsConfig, checkpoint: StoragePath) -> dict[str, Any]:
     """Return config.json for SGLang.
 
     RoPE is written as transformers 5 and 4 read it. `target_hidden_size` is left out: null would be taken as a size.

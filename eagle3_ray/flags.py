@@ -21,8 +21,9 @@ from pydantic.fields import FieldInfo
 from eagle3_ray.config import VERBS
 from eagle3_ray.errors import UsageError
 from eagle3_ray.schema import Settings, alternatives_of
+from eagle3_ray.storage import ObjectPath
 
-_METAVARS = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
+_METAVARS = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH", ObjectPath: "PATH|URL"}
 _DEFAULT = "Default: "
 
 
@@ -139,7 +140,7 @@ def _flags_declared_by(declaring: type[Settings], settings_class: type[Settings]
 
 def _flag(name: str, field: FieldInfo) -> Flag:
     assert field.description is not None, name
-    (kind,) = alternatives_of(field.annotation)
+    kind = alternatives_of(field.annotation)[-1]  # of a path that may be a URL: ObjectPath
     meaning, _, default_text = field.description.partition(_DEFAULT)
     return Flag(
         field=name,

@@ -29,6 +29,7 @@ from typing import Any, Protocol
 
 from eagle3_ray.errors import UsageError
 from eagle3_ray.metrics import metrics_table, unknown_names
+from eagle3_ray.storage import StoragePath, write_atomically
 
 # In the run folder; a run that starts over removes it and becomes a new run in every logger.
 RUN_ID_FILE = "logger_run_id.txt"
@@ -218,7 +219,7 @@ def open_loggers(
     project: str,
     settings: dict[str, Any],
     resume_step: int,
-    run_ids_dir: Path,
+    run_ids_dir: StoragePath,
 ) -> MultiLogger:
     """Open the chosen loggers, going on where this run's earlier attempts stopped.
 
@@ -256,15 +257,13 @@ def open_loggers(
     return MultiLogger(tuple(loggers))
 
 
-def _read_or_make_run_id(run_ids_dir: Path) -> str:
+def _read_or_make_run_id(run_ids_dir: StoragePath) -> str:
     path = run_ids_dir / RUN_ID_FILE
     if path.is_file():
         return path.read_text(encoding="utf-8").strip()
     run_id = uuid.uuid4().hex[:8]
     run_ids_dir.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(run_id + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    write_atomically(path, run_id + "\n")
     return run_id
 
 

@@ -55,7 +55,9 @@ METRICS = (
     Metric("tokens_per_s", "tokens/s", "Positions trained a second over all workers, padding not counted.", (TRAIN,)),
     Metric("data_wait_frac", "share", "Share of the time that the workers waited for data.", (TRAIN,)),
     Metric("peak_memory_bytes", "bytes", "Most memory one worker's device held (on CPUs: its resident set).", (TRAIN,)),
+    Metric("step", "steps", "Optimizer updates so far.", (TRAIN,)),
     Metric("epoch", "epochs", "Passes over the training samples so far.", (TRAIN,)),
+    Metric("progress_frac", "share", "Steps done of those after which the run stops.", (TRAIN,)),
 )
 _NAME_PATTERN = re.compile(
     "|".join(

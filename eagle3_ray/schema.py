@@ -1,11 +1,12 @@
 """What the settings of every verb share: how a value is read, be it a flag's text or a line of a file."""
 
-import os
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+from eagle3_ray.storage import ObjectPath, StoragePath, is_remote, to_path
 
 
 def alternatives_of(annotation: Any) -> tuple[Any, ...]:
@@ -32,19 +33,22 @@ class Settings(BaseModel):
     def _read_as_written(cls, value: Any, info: ValidationInfo) -> Any:
         """Turn down what pydantic would quietly read as something else, and read paths and choices given as text."""
         assert info.field_name is not None
-        for kind in alternatives_of(cls.model_fields[info.field_name].annotation):
+        kinds = alternatives_of(cls.model_fields[info.field_name].annotation)
+        if Path in kinds and not (value is None or isinstance(value, str | Path | ObjectPath)):
+            raise ValueError("must be a path")
+        for kind in kinds:
             if isinstance(value, bool) and kind in (int, float):
                 raise ValueError("must be a number")
             if isinstance(value, str) and kind is Path:
-                value = _read_path(value)
+                value = _read_path(value, may_be_remote=ObjectPath in kinds)
             if isinstance(value, str) and get_origin(kind) is Literal:
                 value = {str(choice): choice for choice in get_args(kind)}.get(value, value)
         return value
 
 
-def _read_path(text: str) -> Path:
+def _read_path(text: str, may_be_remote: bool) -> StoragePath:
     if not text:
         raise ValueError("must not be empty")
-    if "://" in text:
-        raise ValueError("is a URL; mount the store and give the path it is mounted at")
-    return Path(os.path.expanduser(text))
+    if is_remote(text) and not may_be_remote:
+        raise ValueError("is a URL; a path of this machine, or of a mount, is needed here")
+    return to_path(text)

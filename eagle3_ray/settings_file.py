@@ -4,7 +4,6 @@ A file names settings as the schema does, with `_` or `-`: `total_seq_len: 8192`
 default; `null` stands for a default of None.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import yaml
 
 from eagle3_ray.errors import UsageError
 from eagle3_ray.schema import Settings
+from eagle3_ray.storage import StoragePath, write_atomically
 
 
 def read_settings_file(path: Path) -> dict[str, Any]:
@@ -53,8 +53,6 @@ def dump_settings(settings: Settings) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
-def write_run_yaml(settings: Settings, path: Path) -> None:
+def write_run_yaml(settings: Settings, path: StoragePath) -> None:
     """Write settings to `path`, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(dump_settings(settings), encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, dump_settings(settings))

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from eagle3_ray.data.sample_file import Problem
 from eagle3_ray.data.samples import describe_problems
 from eagle3_ray.errors import DataError
+from eagle3_ray.storage import ObjectPath, list_objects, to_path
 
 MAX_FILES_NAMED = 20
 HOW_TO_GET_SAMPLES = "Check --data-path, or make samples with `eagle3-ray generate`."
@@ -28,7 +29,27 @@ def list_sample_files(root: str) -> dict[str, FileStamp]:
 
     Raises:
         DataError: The folder is missing, cannot be listed, or has no such file.
+        StorageError: It lies on an object store that cannot be read.
     """
+    place = to_path(root)
+    files = _list_objects(place) if isinstance(place, ObjectPath) else _list_files(root)
+    if not files:
+        raise DataError(
+            f"{root}: no .pt files, expected samples at any depth (names that begin with a dot are left out). "
+            + HOW_TO_GET_SAMPLES
+        )
+    return dict(sorted(files.items()))
+
+
+def _list_objects(root: ObjectPath) -> dict[str, FileStamp]:
+    return {
+        stored.name: FileStamp(stored.num_bytes, stored.mtime_ns)
+        for stored in list_objects(root)
+        if stored.name.endswith(".pt") and not any(part.startswith(".") for part in stored.name.split("/"))
+    }
+
+
+def _list_files(root: str) -> dict[str, FileStamp]:
     files: dict[str, FileStamp] = {}
     entered: set[tuple[int, int]] = set()
     folders = [""]
@@ -54,12 +75,7 @@ def list_sample_files(root: str) -> dict[str, FileStamp]:
         raise DataError(
             f"{error.filename}: {error.strerror}; expected a folder of .pt samples. {HOW_TO_GET_SAMPLES}"
         ) from error
-    if not files:
-        raise DataError(
-            f"{root}: no .pt files, expected samples at any depth (names that begin with a dot are left out). "
-            + HOW_TO_GET_SAMPLES
-        )
-    return dict(sorted(files.items()))
+    return files
 
 
 @dataclass

@@ -4,12 +4,13 @@ A task opens some hundred files, reads ids and mask, and looks at 16 rows of the
 file is read only when it is trained on. Any file that is no usable sample ends the run before it begins.
 """
 
+import functools
 import hashlib
 import itertools
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -17,12 +18,14 @@ import numpy as np
 import ray
 import torch
 from numpy.typing import NDArray
+from ray.exceptions import RayTaskError
 
 from eagle3_ray.data.folder import HOW_TO_GET_SAMPLES, BadFiles, list_sample_files
 from eagle3_ray.data.index_cache import FileFacts, read_index_cache, write_index_cache
 from eagle3_ray.data.sample_file import TOKEN_FREQUENCIES
 from eagle3_ray.data.samples import Sample, SampleSpec, inspect_sample, inspect_tokens
-from eagle3_ray.errors import ClusterError, DataError
+from eagle3_ray.errors import ClusterError, DataError, Eagle3RayError
+from eagle3_ray.storage import is_remote, to_path
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +33,7 @@ MAX_FILES_PER_TASK = 256
 TASKS_PER_CPU = 4  # running or waiting; small folders are cut into so many
 CPUS_PER_TASK = 0.5  # half of such a task is waiting for the disk
 REPORT_EVERY_S = 10.0
+REMOTE_FILES_AT_A_TIME = 16  # of one task
 
 Result = TypeVar("Result")
 
@@ -82,7 +86,7 @@ def build_index(data_path: str, spec: SampleSpec) -> SampleIndex:
         DataError: No folder, no sample, or files that are no usable samples; names up to 20 with their reasons.
         ClusterError: A task was lost for good.
     """
-    root = os.path.abspath(data_path)
+    root = str(to_path(data_path).absolute())
     stamps = list_sample_files(root)
     cached = read_index_cache(root, spec)
     known = {path: cached[path][1] for path, stamp in stamps.items() if path in cached and cached[path][0] == stamp}
@@ -121,7 +125,7 @@ def count_supervised_tokens(data_path: str, data_format_version: int, vocab_size
         DataError: As in `build_index`; only ids and masks are looked at.
         ClusterError: A task was lost for good.
     """
-    root = os.path.abspath(data_path)
+    root = str(to_path(data_path).absolute())
     files = list(list_sample_files(root))
     counts = np.zeros(vocab_size, dtype=np.int64)
     num_samples = 0
@@ -167,8 +171,7 @@ def _inspect_files(root: str, paths: list[str], spec: SampleSpec) -> tuple[list[
     torch.set_num_threads(1)
     facts: list[FileFacts | None] = []
     bad_files = BadFiles()
-    for path in paths:
-        sample = inspect_sample(os.path.join(root, path), spec)
+    for path, sample in _map_paths(functools.partial(inspect_sample, spec=spec), root, paths):
         if isinstance(sample, Sample):
             facts.append(FileFacts(True, len(sample.input_ids), int(sample.loss_mask[1:].sum())))
         elif sample[0].kind == TOKEN_FREQUENCIES:
@@ -186,8 +189,8 @@ def _count_files(
     torch.set_num_threads(1)
     supervised_ids = []
     bad_files = BadFiles()
-    for path in paths:
-        tokens = inspect_tokens(os.path.join(root, path), data_format_version, vocab_size)
+    inspect = functools.partial(inspect_tokens, data_format_version=data_format_version, vocab_size=vocab_size)
+    for path, tokens in _map_paths(inspect, root, paths):
         if isinstance(tokens, tuple):
             input_ids, loss_mask = tokens
             supervised_ids.append(input_ids[loss_mask].numpy())
@@ -197,13 +200,23 @@ def _count_files(
     return counts.astype(np.int64), len(supervised_ids), bad_files
 
 
+def _map_paths(inspect: Callable[[str], Result], root: str, paths: list[str]) -> Iterator[tuple[str, Result]]:
+    """Yield (path, `inspect` of it) in order; on an object store many at a time, as each waits for several answers."""
+    full_paths = [f"{root}/{path}" for path in paths]
+    if not is_remote(root):
+        yield from zip(paths, map(inspect, full_paths), strict=True)
+        return
+    with ThreadPoolExecutor(REMOTE_FILES_AT_A_TIME) as pool:
+        yield from zip(paths, pool.map(inspect, full_paths), strict=True)
+
+
 def _map_files(
     task: Callable[..., Result], root: str, paths: list[str], *arguments: object
 ) -> Iterator[tuple[list[str], Result]]:
     """Run `task(root, some paths, *arguments)` over all paths in Ray; yield (those paths, result) as they finish.
 
     Raises:
-        ClusterError: A task was lost for good.
+        Eagle3RayError: As the task raised it, or ClusterError because the task was lost for good.
     """
     num_cpus = int(ray.cluster_resources().get("CPU", 1)) if paths else 1
     num_files = min(MAX_FILES_PER_TASK, max(1, len(paths) // (TASKS_PER_CPU * num_cpus)))
@@ -221,6 +234,10 @@ def _map_files(
         chunk = running.pop(done[0])
         try:
             result = ray.get(done[0])
+        except RayTaskError as error:
+            if isinstance(error.cause, Eagle3RayError):
+                raise error.cause from None  # Ray's wrapping adds nothing but a remote traceback
+            raise
         except (
             ray.exceptions.WorkerCrashedError,
             ray.exceptions.OutOfMemoryError,

@@ -3,11 +3,9 @@
 The cache only saves time: a folder that cannot be written has none, a cache that cannot be read is built again.
 """
 
-import contextlib
 import hashlib
 import logging
 import os
-import uuid
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -15,6 +13,8 @@ import pyarrow.parquet as pq
 
 from eagle3_ray.data.folder import FileStamp
 from eagle3_ray.data.samples import SampleSpec
+from eagle3_ray.errors import StorageError
+from eagle3_ray.storage import StoragePath, to_path, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -51,10 +51,10 @@ def read_index_cache(root: str, spec: SampleSpec) -> dict[str, tuple[FileStamp, 
     """Return what earlier runs with this spec learnt, by relative path; empty if there is nothing of use."""
     path = _cache_path(root, spec)
     try:
-        columns = pq.read_table(path, schema=SCHEMA).to_pydict()
+        columns = pq.read_table(pa.BufferReader(path.read_bytes()), schema=SCHEMA).to_pydict()
     except FileNotFoundError:
         return {}
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, StorageError, pa.ArrowException) as error:
         logger.info("index cache %s cannot be read (%s), all files are read again", path, error)
         return {}
     stamps = map(FileStamp, columns["num_bytes"], columns["mtime_ns"])
@@ -74,21 +74,19 @@ def write_index_cache(root: str, spec: SampleSpec, files: dict[str, tuple[FileSt
     ]
     table = pa.table(dict(zip(SCHEMA.names, columns, strict=True)), schema=SCHEMA)
     path = _cache_path(root, spec)
-    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    buffer = pa.BufferOutputStream()
+    pq.write_table(table, buffer)
     try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        pq.write_table(table, temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):  # never made, or as unwritable as its folder
-            os.unlink(temporary)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, buffer.getvalue().to_pybytes())
+    except (OSError, StorageError) as error:
         logger.info("no index cache beside the samples: %s", error)
 
 
-def _cache_path(root: str, spec: SampleSpec) -> str:
+def _cache_path(root: str, spec: SampleSpec) -> StoragePath:
     """Name the cache after all that decides whether a file is good."""
     sizes = (LAYOUT, spec.data_format_version, spec.hidden_size, spec.num_aux_layers, spec.vocab_size)
     key = hashlib.sha256(repr(sizes).encode())
     if spec.final_norm_weight is not None:
         key.update(spec.final_norm_weight.float().contiguous().numpy().tobytes())
-    return os.path.join(root, CACHE_DIR, f"index-{key.hexdigest()[:16]}.parquet")
+    return to_path(root) / CACHE_DIR / f"index-{key.hexdigest()[:16]}.parquet"

@@ -13,8 +13,8 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -29,10 +29,12 @@ from eagle3_ray.data.index import SampleIndex
 from eagle3_ray.data.packing import FILLER, BinSchedule, PackingPlan
 from eagle3_ray.data.samples import Sample, SampleSpec, check_finite, read_sample
 from eagle3_ray.errors import DataError
+from eagle3_ray.storage import is_remote
 
 PackIn = Literal["worker", "task"]
 
 ROWS_PER_TASK = 8
+REMOTE_FILES_AT_A_TIME = 8  # of one bin
 # A read task of row numbers holds many: nothing but the numbers is in it.
 ROW_NUMBERS_PER_TASK = 64
 TENSORS = ("input_ids", "aux_states", "last_state", "loss_mask", "document_ids", "position_ids")
@@ -62,7 +64,7 @@ class BinSource:
             DataError: A file has another length than when it was indexed.
         """
         members = [] if number == FILLER else self.plan.bins[number].tolist()
-        samples = [self._read_sample(member) for member in members]
+        samples = self._read_samples(members)
         return pack_samples(samples, self.plan.total_seq_len, self.spec, number, row, out)
 
     def paths_of_bin(self, number: int) -> list[str]:
@@ -70,8 +72,15 @@ class BinSource:
         members = [] if number == FILLER else self.plan.bins[number].tolist()
         return [self.index.paths[member] for member in members]
 
+    def _read_samples(self, members: list[int]) -> list[Sample]:
+        if not is_remote(self.index.root):
+            return [self._read_sample(member) for member in members]
+        # A request waits for the network most of its time.
+        with ThreadPoolExecutor(REMOTE_FILES_AT_A_TIME) as pool:
+            return list(pool.map(self._read_sample, members))
+
     def _read_sample(self, member: int) -> Sample:
-        sample = read_sample(str(Path(self.index.root) / self.index.paths[member]), self.spec)
+        sample = read_sample(f"{self.index.root}/{self.index.paths[member]}", self.spec)
         expected = int(self.index.num_tokens[member])
         if len(sample.input_ids) != expected:
             raise DataError(

@@ -9,10 +9,15 @@ never decides. `samples` checks the tensors.
 
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
+
+from eagle3_ray.data.remote_file import load_remote_file, load_remote_rows
+from eagle3_ray.storage import ObjectPath, is_remote, to_path
 
 KEYS = {
     0: frozenset({"input_ids", "loss_mask", "hidden_state", "target"}),
@@ -45,17 +50,24 @@ class Problem:
     advice: str = REGENERATE
 
 
-def read_sample_file(path: str, data_format_version: int) -> dict[str, object] | Problem:
+def read_sample_file(
+    path: str, data_format_version: int, rows_of: Callable[[int], Sequence[int]] | None = None
+) -> dict[str, object] | Problem:
     """Return the content of a file whose keys are those of the format asked for, else why it is not.
 
-    The tensors are mapped, not read: their bytes are fetched when they are used.
+    The tensors of a local file are mapped, not read: their bytes are fetched when they are used.
 
     Args:
-        path: a local file.
+        path: a file, local or on an object store.
         data_format_version: 0 or 1.
+        rows_of: from an object store fetch only these rows of the last state, of so many, besides ids and mask; the
+            states are undefined elsewhere. None fetches the whole file.
+
+    Raises:
+        StorageError: The object store cannot be read.
     """
     try:
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        content = _load(path, data_format_version, rows_of)
     except DAMAGED_FILE_ERRORS as error:
         return _problem_of_unreadable_file(path, error)
     if isinstance(content, Mapping) and frozenset(content) == KEYS[data_format_version]:
@@ -63,15 +75,43 @@ def read_sample_file(path: str, data_format_version: int) -> dict[str, object] |
     return _problem_of_other_content(content, data_format_version)
 
 
+def _load(path: str, version: int, rows_of: Callable[[int], Sequence[int]] | None) -> Any:
+    place = to_path(path)
+    if not isinstance(place, ObjectPath):
+        return torch.load(place, map_location="cpu", mmap=True, weights_only=True)
+    if rows_of is None:
+        return load_remote_file(place)
+    return load_remote_rows(place, lambda content: _last_state_of(content, version), rows_of)
+
+
+def _last_state_of(content: object, version: int) -> Tensor | None:
+    """Return the tensor that would be the last state, of a content not yet checked."""
+    if not isinstance(content, Mapping):
+        return None
+    state = content.get("target") if version == 0 else content.get("hidden_states")
+    if isinstance(state, list | tuple):
+        state = state[-1] if state else None
+    return state if isinstance(state, Tensor) else None
+
+
+def _read_head(path: str) -> tuple[int, bytes]:
+    """Return a file's size and its first four bytes."""
+    place = to_path(path)
+    if isinstance(place, ObjectPath):
+        with place.open_input() as stored:
+            return stored.size(), stored.read(4)
+    with place.open("rb") as file:
+        return os.path.getsize(place), file.read(4)
+
+
 def _problem_of_unreadable_file(path: str, error: Exception) -> Problem:
     try:
-        num_bytes = os.path.getsize(path)
-        with open(path, "rb") as file:
-            head = file.read(4)
+        num_bytes, head = _read_head(path)
     except OSError as os_error:
+        found = "no such object" if is_remote(path) else os_error.strerror
         return Problem(
             "cannot be opened",
-            f"cannot be opened ({os_error.strerror}), expected a sample.",
+            f"cannot be opened ({found}), expected a sample.",
             "On a cluster every node must see the data at the same path and may read it.",
         )
     if num_bytes == 0:

@@ -4,6 +4,7 @@ The formats differ in names and in the last hidden state: v1 holds it before the
 it. Training on one as if it were the other shows no error, but `is_normed` can tell them apart exactly.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,17 +67,18 @@ def read_sample(path: str, spec: SampleSpec) -> Sample:
     """Read one sample; check keys, shapes, dtypes, ids, and whether the last state is normed as its format says.
 
     Args:
-        path: a local `.pt` file.
+        path: a `.pt` file, local or on an object store.
         spec: what it must look like.
 
     Returns:
-        The sample; its states stay on disk until they are used.
+        The sample; a local file's states stay on disk until they are used.
 
     Raises:
+        StorageError: The object store cannot be read.
         NotASample: The file holds token frequencies.
         SampleFormatError: The file is not a sample of the format asked for; the message lists every problem.
     """
-    sample = inspect_sample(path, spec)
+    sample = _inspect(path, spec, None)
     if isinstance(sample, Sample):
         return sample
     text = f"{path}: {describe_problems(sample)}"
@@ -84,8 +86,15 @@ def read_sample(path: str, spec: SampleSpec) -> Sample:
 
 
 def inspect_sample(path: str, spec: SampleSpec) -> Sample | list[Problem]:
-    """Return the sample, or all that is wrong with it. Arguments as in `read_sample`."""
-    content = read_sample_file(path, spec.data_format_version)
+    """Return the sample, or all that is wrong with it. Arguments as in `read_sample`.
+
+    From an object store only what is looked at here is fetched; the states of the sample are not to be used.
+    """
+    return _inspect(path, spec, _probed_rows)
+
+
+def _inspect(path: str, spec: SampleSpec, rows_of: Callable[[int], Sequence[int]] | None) -> Sample | list[Problem]:
+    content = read_sample_file(path, spec.data_format_version, rows_of)
     if isinstance(content, Problem):
         return [content]
     problems = _problems_of_tokens(content, spec.vocab_size)
@@ -109,14 +118,14 @@ def inspect_tokens(path: str, data_format_version: int, vocab_size: int) -> tupl
     """Read ids and mask only, for counting: needs no hidden size and touches no state.
 
     Args:
-        path: a local `.pt` file.
+        path: a `.pt` file, local or on an object store.
         data_format_version: 0 or 1.
         vocab_size: W.
 
     Returns:
         (input_ids [S] int64, loss_mask [S] bool), or all that is wrong with them.
     """
-    content = read_sample_file(path, data_format_version)
+    content = read_sample_file(path, data_format_version, lambda _: ())
     if isinstance(content, Problem):
         return [content]
     return _problems_of_tokens(content, vocab_size) or _tokens(content)

@@ -9,6 +9,7 @@ offset               1     2     3        d2t.npy: verifier id = draft id + offs
 
 import contextlib
 import hashlib
+import io
 import os
 import pickle
 import uuid
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from eagle3_ray.data.sample_file import DAMAGED_FILE_ERRORS
 from eagle3_ray.errors import VocabMappingError
+from eagle3_ray.storage import ObjectPath, to_path, write_atomically
 
 DEFAULT_DRAFT_VOCAB_SIZE = 32000
 MAKE_AGAIN = "Make both again with `eagle3-ray vocab-mapping`."
@@ -89,7 +91,7 @@ def read_token_freq(path: str, vocab_size: int) -> NDArray[np.int64]:
     """
     advice = "Make it with `eagle3-ray generate`, or leave it out and count from the samples (--data-path)."
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(io.BytesIO(to_path(path).read_bytes()), map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise VocabMappingError(f"{path}: no such token-frequency file. {advice}") from error
     except DAMAGED_FILE_ERRORS as error:
@@ -188,7 +190,7 @@ def _problems_of_mapping(
 
 def _read_array(path: str) -> NDArray[Any]:
     try:
-        array = np.load(path, allow_pickle=False)
+        array = np.load(io.BytesIO(to_path(path).read_bytes()), allow_pickle=False)
     except FileNotFoundError as error:
         raise VocabMappingError(
             f"{path}: no such file; a mapping is d2t.npy and t2d.npy together. {MAKE_AGAIN}"
@@ -211,23 +213,29 @@ def write_mapping(mapping: VocabMapping, d2t_path: str, t2d_path: str) -> None:
 
 
 def _write_files(writers: dict[str, Callable[[IO[bytes]], object]]) -> None:
-    """Write each file under a temporary name beside its place; rename when all are on disk."""
-    temporary = {
-        path: f"{os.path.dirname(path) or '.'}/.{os.path.basename(path)}.{uuid.uuid4().hex}" for path in writers
-    }
+    """Write each file under a temporary name beside its place; rename when all are on disk. Objects need no such."""
+    contents = {}
+    for name, write in writers.items():
+        buffer = io.BytesIO()
+        write(buffer)
+        contents[to_path(name)] = buffer.getvalue()
+    temporary = {}
     try:
-        for path, write in writers.items():
-            os.makedirs(os.path.dirname(temporary[path]), exist_ok=True)
-            with open(temporary[path], "xb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-        for path in writers:
-            os.replace(temporary[path], path)
+        for path, content in contents.items():
+            if isinstance(path, ObjectPath):
+                continue
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary[path] = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+            write_atomically(temporary[path], content)
+        for path, written in temporary.items():
+            os.replace(written, path)
     except OSError as error:
-        for name in temporary.values():
+        for written in temporary.values():
             with contextlib.suppress(OSError):  # not there, or as unwritable as what is reported
-                os.unlink(name)
+                written.unlink()
         raise VocabMappingError(
             f"{', '.join(writers)}: cannot be written ({error.strerror}). Choose a folder that can be."
         ) from error
+    for path, content in contents.items():
+        if isinstance(path, ObjectPath):
+            path.write_bytes(content)

@@ -13,9 +13,9 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from eagle3_ray.errors import DataError
+from eagle3_ray.storage import StoragePath
 
 LINE_KEYS = ("conversations", "messages", "text")
 TURN_KEYS = (("role", "content"), ("from", "value"))
@@ -60,7 +60,7 @@ class LineChunk:
     num_bytes: int
 
 
-def index_lines(path: Path) -> tuple[list[LineChunk], str]:
+def index_lines(path: StoragePath) -> tuple[list[LineChunk], str]:
     """Read the file once, as bytes: where its lines are, and its digest.
 
     Args:
@@ -93,7 +93,7 @@ def index_lines(path: Path) -> tuple[list[LineChunk], str]:
     return chunks, digest.hexdigest()
 
 
-def iter_lines(path: Path, chunk: LineChunk) -> Iterator[tuple[int, bytes]]:
+def iter_lines(path: StoragePath, chunk: LineChunk) -> Iterator[tuple[int, bytes]]:
     """Yield (line number from 1, bytes of the line) of a chunk; blank lines are left out but counted."""
     with path.open("rb") as file:
         file.seek(chunk.start_byte)

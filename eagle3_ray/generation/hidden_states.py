@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from eagle3_ray.errors import ClusterError, VerifierError
+from eagle3_ray.generation.verifier_copy import local_verifier
 from eagle3_ray.model.verifier import VerifierInfo
 
 STORED_DTYPE = torch.bfloat16
@@ -187,10 +188,14 @@ def load_verifier(
     Raises:
         VerifierError: It cannot be loaded, weights are missing, or its states cannot be taken.
         ClusterError: It does not fit into the device's memory.
+        StorageError: It lies on an object store that cannot be read.
     """
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            info.name_or_path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+            local_verifier(info.name_or_path, with_weights=True),
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
         model, report = loaded
         decoder = model.get_decoder().eval().to(device)

@@ -25,6 +25,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from eagle3_ray.errors import DataError, VerifierError
 from eagle3_ray.generation.conversations import Conversation
+from eagle3_ray.generation.verifier_copy import local_verifier
 
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 START, END = "\ue000eagle3-ray-start\ue001", "\ue000eagle3-ray-end\ue001"  # private-use characters: in no real text
@@ -73,14 +74,15 @@ def load_tokenizer(name_or_path: str, trust_remote_code: bool) -> PreTrainedToke
     """Load the verifier's tokenizer.
 
     Args:
-        name_or_path: folder or hub id.
+        name_or_path: folder, local or a URL, or hub id.
         trust_remote_code: run Python code that comes with it.
 
     Raises:
         VerifierError: There is none, or it cannot be read.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+        folder = local_verifier(name_or_path, with_weights=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise VerifierError(
             f"{name_or_path}: no tokenizer can be read ({error}). Put the verifier's own tokenizer files "

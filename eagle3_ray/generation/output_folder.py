@@ -9,6 +9,7 @@ A file is written under a name with a leading dot and then renamed: readers neve
 """
 
 import hashlib
+import io
 import os
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from eagle3_ray.data.samples import Sample, SampleSpec, inspect_sample
 from eagle3_ray.errors import DataError
 from eagle3_ray.model.verifier import VerifierInfo
+from eagle3_ray.storage import ObjectPath, StoragePath, to_path, write_atomically
 
 CONFIG_NAME = "data_config.json"
 TOKEN_FREQ_NAME = "token_freq.pt"
@@ -78,7 +80,7 @@ class DataConfig(BaseModel):
         return SampleSpec(1, self.hidden_size, len(self.aux_layer_ids), self.vocab_size, None, 0.0)
 
 
-def read_data_config(folder: Path) -> DataConfig | None:
+def read_data_config(folder: StoragePath) -> DataConfig | None:
     """Read `data_config.json`; None if the folder or the file is not there.
 
     Raises:
@@ -97,7 +99,7 @@ def read_data_config(folder: Path) -> DataConfig | None:
         ) from error
 
 
-def check_folder(folder: Path, config: DataConfig) -> None:
+def check_folder(folder: StoragePath, config: DataConfig) -> None:
     """Refuse to add to samples that were made from something else. Changes nothing.
 
     Args:
@@ -109,7 +111,7 @@ def check_folder(folder: Path, config: DataConfig) -> None:
     """
     there = read_data_config(folder)
     if there is None:
-        strangers = sorted(path.name for path in folder.glob("*.pt")) if folder.is_dir() else []
+        strangers = sorted(path.name for path in folder.iterdir() if path.suffix == ".pt") if folder.is_dir() else []
         if strangers:
             shown = ", ".join(strangers[:3]) + (", ..." if len(strangers) > 3 else "")
             raise DataError(
@@ -127,7 +129,7 @@ def check_folder(folder: Path, config: DataConfig) -> None:
         )
 
 
-def claim_folder(folder: Path, config: DataConfig) -> None:
+def claim_folder(folder: StoragePath, config: DataConfig) -> None:
     """Make the folder and say in it what its samples are made from; take away what a killed run left half-written.
 
     Args:
@@ -139,21 +141,20 @@ def claim_folder(folder: Path, config: DataConfig) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(".data_*.pt.tmp"):
-            leftover.unlink()
-        temporary = folder / f".{CONFIG_NAME}.tmp"
-        temporary.write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, folder / CONFIG_NAME)
+        if isinstance(folder, Path):  # objects appear whole or not at all
+            for leftover in folder.glob(".data_*.pt.tmp"):
+                leftover.unlink()
+        write_atomically(folder / CONFIG_NAME, config.model_dump_json(indent=2) + "\n")
     except OSError as error:
         raise DataError(f"{folder}: cannot be written to ({error.strerror}). Choose another --output-path.") from error
 
 
-def sample_path(folder: Path, line_number: int) -> Path:
+def sample_path(folder: StoragePath, line_number: int) -> StoragePath:
     """Return where the sample of a line (counted from 1) lies."""
     return folder / f"data_{line_number - 1}.pt"
 
 
-def write_sample(path: Path, input_ids: Tensor, loss_mask: Tensor, states: list[Tensor]) -> None:
+def write_sample(path: StoragePath, input_ids: Tensor, loss_mask: Tensor, states: list[Tensor]) -> None:
     """Write one v1 sample under a temporary name and rename it.
 
     Args:
@@ -164,9 +165,15 @@ def write_sample(path: Path, input_ids: Tensor, loss_mask: Tensor, states: list[
 
     Raises:
         DataError: It cannot be written, for instance because the disk is full.
+        StorageError: The object store cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
     content = {"input_ids": input_ids, "loss_mask": loss_mask.to(torch.int64), "hidden_states": states}
+    if isinstance(path, ObjectPath):
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        path.write_bytes(buffer.getvalue())
+        return
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:  # given a path, torch reports a full disk as an error of its own
             torch.save(content, file)
@@ -178,7 +185,7 @@ def write_sample(path: Path, input_ids: Tensor, loss_mask: Tensor, states: list[
         ) from error
 
 
-def read_whole_sample(path: Path, spec: SampleSpec) -> Sample | None:
+def read_whole_sample(path: StoragePath, spec: SampleSpec) -> Sample | None:
     """Return a sample that is there and whole, its states left on disk; None if it must be generated."""
     if not path.is_file():
         return None
@@ -189,20 +196,22 @@ def read_whole_sample(path: Path, spec: SampleSpec) -> Sample | None:
 def digest_verifier(info: VerifierInfo) -> str:
     """Return a digest that changes when the verifier does, without reading gigabytes.
 
-    A local folder: its small files whole, and of each file of weights the size and 16 evenly spaced pieces of
-    64 KiB; training touches every weight. A hub repository: the commit, by which its local copy is named.
+    A folder, local or on an object store: its small files whole, and of each file of weights the size and 16 evenly
+    spaced pieces of 64 KiB; training touches every weight. A hub repository: the commit, by which its local copy is
+    named.
     """
-    folder = Path(info.name_or_path)
-    if not folder.is_dir():
+    folder = to_path(info.name_or_path)
+    if isinstance(folder, Path) and not folder.is_dir():
         return Path(hf_hub_download(info.name_or_path, "config.json")).parent.name
     digest = hashlib.sha256()
-    for path in sorted(folder.iterdir(), key=lambda path: path.name):
+    paths: list[StoragePath] = [*folder.iterdir()]
+    for path in sorted(paths, key=lambda path: path.name):
         if path.suffix in SMALL_FILE_SUFFIXES:
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
         elif path.suffix in WEIGHT_FILE_SUFFIXES:
-            num_bytes = path.stat().st_size
-            digest.update(f"{path.name}\0{num_bytes}\0".encode())
             with path.open("rb") as file:
+                num_bytes = file.seek(0, os.SEEK_END)
+                digest.update(f"{path.name}\0{num_bytes}\0".encode())
                 for probe in range(NUM_WEIGHT_PROBES):
                     file.seek(max(num_bytes - PROBE_BYTES, 0) * probe // (NUM_WEIGHT_PROBES - 1))
                     digest.update(file.read(PROBE_BYTES))

@@ -1,18 +1,23 @@
 """The Ray that a job runs on: the one there is, or one of its own; and whether the workers fit into it."""
 
 import logging
+import math
 import os
-import socket
-from collections.abc import Iterator
+import signal
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import ray
+from ray.job_config import JobConfig
 
+from eagle3_ray.console import warn
 from eagle3_ray.errors import ClusterError
+from eagle3_ray.jobs.gcs_probe import check_cluster
+from eagle3_ray.machine import SHARED_MEMORY, free_shared_memory_bytes, usable_cpus
+from eagle3_ray.stopping import Stopped, keep_stop_signals
 
 CPUS_FOR_TASKS = 1  # beside the workers, for the tasks that feed them: without one, streaming waits for ever
-CONNECT_TIMEOUT_S = 10
 RAY_INIT_ERRORS = (OSError, RuntimeError, ValueError)  # OSError holds ConnectionError and TimeoutError
 
 
@@ -32,7 +37,7 @@ class WorkerRequest:
 
 
 @contextmanager
-def ray_session(num_cpus: int | None = None) -> Iterator[None]:
+def ray_session(num_cpus: int | None = None, job_metadata: Mapping[str, str] | None = None) -> Iterator[None]:
     """Have a Ray for the length of a block.
 
     A Ray that this process has already joined is used and left as it is; else the cluster that `RAY_ADDRESS` names
@@ -41,6 +46,8 @@ def ray_session(num_cpus: int | None = None) -> Iterator[None]:
 
     Args:
         num_cpus: logical CPUs of a local Ray. Default: the machine's, and one more for the tasks that feed the workers.
+        job_metadata: what a cluster's job page says of this driver. Of a submitted job it says what was given to `ray
+            job submit --metadata-json`, which Ray does not let a driver change.
 
     Raises:
         ClusterError: The cluster cannot be reached, or no local Ray can be started.
@@ -50,9 +57,9 @@ def ray_session(num_cpus: int | None = None) -> Iterator[None]:
         return
     address = os.environ.get("RAY_ADDRESS") or "local"
     if address == "local":
-        _start_local(num_cpus or (os.cpu_count() or 1) + CPUS_FOR_TASKS)
+        _start_local(num_cpus or usable_cpus() + CPUS_FOR_TASKS)
     else:
-        _join(address)
+        _join(address, dict(job_metadata or {}))
     try:
         yield
     finally:
@@ -61,26 +68,44 @@ def ray_session(num_cpus: int | None = None) -> Iterator[None]:
 
 def _start_local(num_cpus: int) -> None:
     # A local Ray turns token authentication on by itself; its warning tells how to turn that off.
-    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    # So does its warning of little shared memory, at length; ours is below.
+    for name in ("ray._private.authentication.authentication_token_setup", "ray._private.services"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    free_bytes = free_shared_memory_bytes()
     try:
-        ray.init(
-            address="local",
-            num_cpus=num_cpus,
-            include_dashboard=False,
-            logging_level=logging.WARNING,
-            log_to_driver=False,  # what concerns the user is told by the driver; the rest is in Ray's logs
-        )
+        with _stop_told_by_ray():
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                logging_level=logging.WARNING,
+                log_to_driver=False,  # what concerns the user is told by the driver; the rest is in Ray's logs
+            )
     except RAY_INIT_ERRORS as error:
         raise ClusterError(
             f"no local Ray with {num_cpus} CPUs could be started ({_first_line(error)}). "
             "Look into /tmp/ray/session_latest/logs."
         ) from error
+    store_bytes = cluster_resources()["object_store_memory"]
+    if free_bytes is not None and free_bytes < store_bytes:
+        warn(
+            f"{SHARED_MEMORY} has {_in_mib(free_bytes)} free, Ray's object store takes {_in_mib(store_bytes)}: it is "
+            f"on disk now, and slow. In a container, pass --shm-size {_in_gib(store_bytes)}."
+        )
 
 
-def _join(address: str) -> None:
+def _join(address: str, job_metadata: dict[str, str]) -> None:
+    # A cluster's dashboard has a page for runs of Ray Train, which is empty unless the driver asks for it.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
     try:
-        _check_reachable(address)
-        ray.init(address=address, logging_level=logging.WARNING, log_to_driver=False)
+        check_cluster(address)
+        with _stop_told_by_ray():
+            ray.init(
+                address=address,
+                logging_level=logging.WARNING,
+                log_to_driver=False,
+                job_config=JobConfig(metadata=job_metadata),
+            )
     except RAY_INIT_ERRORS as error:
         raise ClusterError(
             f"RAY_ADDRESS={address}: no Ray cluster can be joined there ({_first_line(error)}). "
@@ -88,15 +113,21 @@ def _join(address: str) -> None:
         ) from error
 
 
-def _check_reachable(address: str) -> None:
-    """Try the port of `host:port` first: ray.init alone goes on trying a dead one for minutes.
+@contextmanager
+def _stop_told_by_ray() -> Iterator[None]:
+    """Take the signals back that ray.init has taken, and its way of telling of one that came meanwhile.
 
     Raises:
-        OSError: Nobody answers.
+        Stopped: By SIGTERM within the block.
     """
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdecimal() and "/" not in host:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    try:
+        yield
+    except SystemExit as ended:
+        if ended.code == signal.SIGTERM:
+            raise Stopped(signal.SIGTERM) from None
+        raise
+    finally:
+        keep_stop_signals()
 
 
 def _first_line(error: Exception) -> str:
@@ -162,10 +193,38 @@ def check_workers_fit(num_workers: int, use_gpu: bool, cpus_per_worker: int) -> 
     if use_gpu and num_gpus < num_workers:
         advice.append("--no-use-gpu")
     pass_flags = f"Pass {' or '.join(advice)}, or add" if advice else "Add"
-    raise ClusterError(
+    message = (
         f"{_counted(num_workers, 'worker')} would take {asked}; the cluster has {_counted(num_cpus, 'CPU')} and "
         f"{_counted(num_gpus, 'GPU')} on {_counted(len(nodes), 'node')}. {pass_flags} nodes to the cluster."
     )
+    if use_gpu and num_gpus == 0:
+        message += " A container sees GPUs only with `docker run --gpus all`, and a pod with a limit on nvidia.com/gpu."
+    raise ClusterError(message)
+
+
+def check_shared_memory(bin_bytes: int) -> None:
+    """Refuse to send bins through the object store of a Ray of this machine alone that could not hold one in memory.
+
+    Raises:
+        ClusterError: Says what a bin takes and what there is.
+    """
+    free_bytes = free_shared_memory_bytes()
+    is_here_alone = sum(node["Alive"] for node in ray.nodes()) == 1
+    if is_here_alone and free_bytes is not None and bin_bytes > free_bytes:
+        raise ClusterError(
+            f"--pack-in task sends bins of {_in_mib(bin_bytes)} through {SHARED_MEMORY}, which has "
+            f"{_in_mib(free_bytes)} free. Pass --pack-in worker, or give the container more: --shm-size "
+            f"{_in_gib(8 * bin_bytes)}."
+        )
+
+
+def _in_mib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**20:,.0f} MiB"
+
+
+def _in_gib(num_bytes: float) -> str:
+    """Return a size as Docker's flags take it, rounded up."""
+    return f"{math.ceil(num_bytes / 2**30)}g"
 
 
 def _num_workers_on(node: dict[str, float], use_gpu: bool, cpus_per_worker: int) -> int:

@@ -10,7 +10,6 @@ What is there whole is used again, so a demo that was interrupted goes on where 
 """
 
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -27,6 +26,8 @@ from eagle3_ray.demo.tiny_verifier import Quality, VerifierRecipe, make_verifier
 from eagle3_ray.errors import Eagle3RayError
 from eagle3_ray.jobs import generate, train, vocab_mapping
 from eagle3_ray.jobs.cluster import CPUS_FOR_TASKS, ray_session
+from eagle3_ray.machine import usable_cpus
+from eagle3_ray.stopping import when_stopped
 from eagle3_ray.training.run_folder import BEST, INITIAL_METRICS, find_committed
 
 TTT_STEPS = 3
@@ -82,6 +83,7 @@ SHORT = DemoPlan(
 )
 
 
+@when_stopped("; what is there whole is used again, the same command goes on from there")
 def run(settings: DemoSettings) -> None:
     """Make, train and show everything.
 
@@ -99,7 +101,7 @@ def run(settings: DemoSettings) -> None:
     with announced("2/5 conversations", f"held-out prompts, answered by the verifier (temperature {TEMPERATURE})"):
         prepare_conversations(folder, plan, corpus, settings.seed)
     # One more CPU than there are, where need be: the demo's two workers also run on a single core.
-    with ray_session(max(os.cpu_count() or 1, settings.num_workers) + CPUS_FOR_TASKS):
+    with ray_session(max(usable_cpus(), settings.num_workers) + CPUS_FOR_TASKS):
         with announced("3/5 generate", "the verifier's hidden states"):
             generate.run(generate_settings(folder))
         with announced("4/5 vocab-mapping", "the tokens the draft can say"):

@@ -1,6 +1,7 @@
 """`export`: turn a checkpoint into the folder a server loads, and say how to serve it."""
 
 from eagle3_ray.config import ExportSettings
+from eagle3_ray.console import say
 from eagle3_ray.export import export_checkpoint
 
 
@@ -14,6 +15,6 @@ def run(settings: ExportSettings) -> None:
     """
     draft = export_checkpoint(settings.checkpoint_path, settings.output_path, settings.format)
     size = f"{draft.num_tensors} tensors, {draft.num_bytes / 1e6:.1f} MB"
-    print(f"exported  {settings.checkpoint_path} -> {draft.path}")
-    print(f"checked   {size}, reopened and equal")
-    print(f"serve     {draft.serve_command}")
+    say(f"exported  {settings.checkpoint_path} -> {draft.path}", "exported", path=str(draft.path))
+    say(f"checked   {size}, reopened and equal")
+    say(f"serve     {draft.serve_command}", "serve", command=draft.serve_command)

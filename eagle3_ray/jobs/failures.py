@@ -18,6 +18,7 @@ from eagle3_ray.errors import ClusterError, Eagle3RayError
 
 LOST_WORKER = (
     RayError,
+    ray.train.PreemptionError,
     WorkerGroupStartupFailedError,
     WorkerGroupStartupTimeoutError,
     WorkerHealthCheckFailedError,
@@ -25,8 +26,12 @@ LOST_WORKER = (
 )
 
 
-def raise_cause(error: BaseException) -> NoReturn:
+def raise_cause(error: BaseException, restart_flag: str | None = None) -> NoReturn:
     """Raise the error of ours that lies at the bottom; a lost worker as `ClusterError`; else the error as it is.
+
+    Args:
+        error: As Ray raised it.
+        restart_flag: The flag of this verb that has lost workers restarted, if it has one.
 
     Raises:
         Eagle3RayError: As found, or ClusterError.
@@ -38,10 +43,9 @@ def raise_cause(error: BaseException) -> NoReturn:
             raise cause from error
     lost = [cause for cause in chain if isinstance(cause, LOST_WORKER) and not isinstance(cause, RayTaskError)]
     if lost:
-        raise ClusterError(
-            f"a worker was lost: {lost[0]}\n"
-            "Type the same command to go on from the last checkpoint, or set --max-failures to have it restarted."
-        ) from error
+        advice = "Type the same command to go on from what is stored"
+        advice += f", or set {restart_flag} to have workers restarted." if restart_flag else "."
+        raise ClusterError(f"a worker was lost: {lost[0]}\n{advice}") from error
     raise error
 
 

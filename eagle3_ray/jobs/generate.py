@@ -12,7 +12,6 @@ again generates what is missing.
 
 import functools
 import logging
-import os
 import pickle
 import sys
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from eagle3_ray import __version__
 from eagle3_ray.config import GenerateSettings
+from eagle3_ray.console import say
 from eagle3_ray.data.vocab import write_token_freq
 from eagle3_ray.errors import ClusterError, DataError, Eagle3RayError
 from eagle3_ray.generation.conversations import LineChunk, index_lines
@@ -45,7 +45,9 @@ from eagle3_ray.generation.output_folder import (
 from eagle3_ray.generation.work import GenerateJob, Tally, generate_batch, prepare_chunk
 from eagle3_ray.jobs.cluster import WorkerRequest, choose_workers, cluster_resources, ray_session
 from eagle3_ray.jobs.failures import raise_cause
+from eagle3_ray.machine import usable_cpus
 from eagle3_ray.model.verifier import VerifierInfo, read_verifier_config
+from eagle3_ray.stopping import when_stopped
 
 RESULT_SCHEMA = pa.schema(
     [
@@ -58,6 +60,7 @@ RESULT_SCHEMA = pa.schema(
 BatchRef = Any  # an object reference to a table of `work.BATCH_SCHEMA`; Ray's own types for it disagree
 
 
+@when_stopped("; samples that are written stay, the same command generates the others")
 def run(settings: GenerateSettings) -> None:
     """Generate samples, or those that are still missing.
 
@@ -120,7 +123,7 @@ def decide_job(
     )
     num_nodes = sum(node["Alive"] for node in ray.nodes())
     # The head may call for more CPUs than it has; Ray, unlike the operating system, knows a container's limit.
-    cpus_per_node = min(os.cpu_count() or 1, int(cluster_resources()["CPU"]) // num_nodes)
+    cpus_per_node = min(usable_cpus(), int(cluster_resources()["CPU"]) // num_nodes)
     workers_per_node = -(-workers.num_workers // num_nodes)
     return GenerateJob(
         settings=settings,
@@ -196,7 +199,7 @@ def generate_samples(job: GenerateJob, workers: WorkerRequest, tally: Tally, bat
                 raise pickle.loads(row["error"])
             tally.counts[row["ids"]] += np.array(row["counts"], np.int64)
             written += row["line_numbers"]
-    visible = {entry.name for entry in os.scandir(job.settings.output_path)}
+    visible = {path.name for path in job.settings.output_path.iterdir()}
     num_lost = sum(sample_path(job.settings.output_path, number).name not in visible for number in written)
     if num_lost:
         raise ClusterError(
@@ -259,17 +262,18 @@ def print_plan(job: GenerateJob, workers: WorkerRequest, tally: Tally) -> None:
     config, device = job.config, "GPU" if workers.use_gpu else "CPU"
     copies = "1 copy" if workers.num_workers == 1 else f"{workers.num_workers} copies"
     layers = ", ".join(map(str, config.aux_layer_ids))
-    print(f"verifier      {config.verifier_name_or_path}, {config.verifier_dtype}, {copies} on {device}")
-    print(f"states        layers {layers} of {job.verifier.num_layers}, and the last before the final norm")
-    print(f"samples       {tally.num_missing:,} to generate, {tally.num_whole:,} there already", flush=True)
+    say(f"verifier      {config.verifier_name_or_path}, {config.verifier_dtype}, {copies} on {device}")
+    say(f"states        layers {layers} of {job.verifier.num_layers}, and the last before the final norm")
+    text = f"samples       {tally.num_missing:,} to generate, {tally.num_whole:,} there already"
+    say(text, "plan", missing=tally.num_missing, whole=tally.num_whole)
 
 
 def print_result(job: GenerateJob, tally: Tally, num_supervised: int) -> None:
     """Tell what was done and what was left out."""
     settings = job.settings
     if tally.num_untrainable:
-        print(f"left out      {tally.num_untrainable:,} without a supervised token")
+        say(f"left out      {tally.num_untrainable:,} without a supervised token")
     if tally.num_cut:
-        print(f"cut           {tally.num_cut:,} at {settings.max_seq_len:,} tokens")
-    print(f"supervised    {int(tally.counts.sum()):,} tokens, {num_supervised:,} of them new")
-    print(f"wrote         {settings.output_path}")
+        say(f"cut           {tally.num_cut:,} at {settings.max_seq_len:,} tokens")
+    say(f"supervised    {int(tally.counts.sum()):,} tokens, {num_supervised:,} of them new")
+    say(f"wrote         {settings.output_path}", "done", path=str(settings.output_path), supervised=num_supervised)

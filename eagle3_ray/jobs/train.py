@@ -4,40 +4,42 @@ Everything that can be refused is refused here, before any worker starts: verifi
 mapping, checkpoints of another run.
 """
 
-import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
-import ray.data
-import ray.train
-from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
 
 from eagle3_ray.config import TrainSettings
+from eagle3_ray.console import say
 from eagle3_ray.data.index import SampleIndex, build_index, split_index
 from eagle3_ray.data.packing import BinSchedule, PackingPlan, plan_bins
-from eagle3_ray.data.pipeline import BinSource, bin_execution_options, build_bin_dataset
+from eagle3_ray.data.pipeline import BinSource
 from eagle3_ray.data.samples import SampleSpec
 from eagle3_ray.data.vocab import VocabMapping, write_mapping
-from eagle3_ray.errors import CheckpointError, DataError
-from eagle3_ray.jobs.cluster import WorkerRequest, choose_workers, ray_session
-from eagle3_ray.jobs.failures import raise_cause
+from eagle3_ray.errors import DataError
+from eagle3_ray.jobs.cluster import WorkerRequest, check_shared_memory, choose_workers, ray_session
+from eagle3_ray.jobs.fit import fit
 from eagle3_ray.jobs.vocab_mapping import resolve_mapping
 from eagle3_ray.model.config import DraftConfig, build_draft_config
-from eagle3_ray.model.verifier import VerifierInfo, load_final_norm, read_verifier_config
+from eagle3_ray.model.verifier import VerifierInfo, absolute_name, load_final_norm, read_verifier_config
 from eagle3_ray.settings_file import write_run_yaml
+from eagle3_ray.stopping import Stopped
+from eagle3_ray.storage import StoragePath
+from eagle3_ray.training.channel import Channel
 from eagle3_ray.training.job import TrainJob
-from eagle3_ray.training.loop import run_rank
-from eagle3_ray.training.progress import ProgressBoard, ProgressSender
+from eagle3_ray.training.progress import ProgressBoard
 from eagle3_ray.training.run_folder import (
     BEST,
     RUN_YAML,
     CommittedCheckpoint,
+    check_best_is_ours,
     check_same_run,
+    check_writable,
     find_uncommitted,
+    follow_best,
     latest_committed,
     remove_run,
     set_aside_broken_snapshot,
@@ -49,31 +51,75 @@ def run(settings: TrainSettings) -> None:
 
     Raises:
         Eagle3RayError: Verifier, samples, mapping, checkpoints or cluster do not allow the run. Nothing is lost.
+        Stopped: By a signal; says what was saved.
     """
     # Workers change directory: every path is made absolute once, here.
     settings = with_absolute_paths(settings)
-    verifier = read_verifier_config(settings.verifier_name_or_path)
-    with ray_session(), ProgressBoard() as board:
-        workers = choose_workers(settings.num_workers, settings.use_gpu)
-        checkpoint = open_run_folder(settings)
-        job = decide_job(settings, verifier, workers, checkpoint, board.sender)
-        if checkpoint is not None:
-            check_same_run(checkpoint, job.identity)
-            print(f"going on from {checkpoint.path} (step {checkpoint.step} of {job.stop_step})", flush=True)
-        if checkpoint is None or checkpoint.step < job.stop_step:
-            write_run_yaml(settings, settings.save_path / RUN_YAML)
-            fit(job, workers)
+    with told_where_to_go_on(settings.save_path):
+        verifier = read_verifier_config(settings.verifier_name_or_path)
+        with ray_session(job_metadata=describe_job(settings)), ProgressBoard() as board:
+            job = carry_out(settings, verifier, board.channel)
     best = settings.save_path / BEST
-    print(f"done: {job.stop_step} steps; best draft {best} -> {best.resolve().name}")
+    chosen = follow_best(best)
+    say(
+        f"done: {job.stop_step} steps; best draft {best} -> {chosen.name}",
+        "done",
+        step=job.stop_step,
+        best=str(chosen),
+    )
+
+
+def carry_out(settings: TrainSettings, verifier: VerifierInfo, channel: Channel) -> TrainJob:
+    """Decide the run, and do what is left of it. Errors as in `run`."""
+    workers = choose_workers(settings.num_workers, settings.use_gpu)
+    checkpoint = open_run_folder(settings)
+    job = decide_job(settings, verifier, workers, checkpoint, channel)
+    if checkpoint is not None:
+        check_same_run(checkpoint, job.identity)
+        text = f"going on from {checkpoint.path} (step {checkpoint.step} of {job.stop_step})"
+        say(text, "resume", step=checkpoint.step, path=str(checkpoint.path))
+    if checkpoint is None or not job.is_complete(checkpoint):
+        write_run_yaml(settings, settings.save_path / RUN_YAML)
+        stopped_by = fit(job, workers)
+        saved = latest_committed(settings.save_path)
+        if stopped_by is not None and saved is not None and not job.is_complete(saved):
+            saved_there = f" at step {saved.step}; saved {saved.path}; the same command goes on from there"
+            raise Stopped(stopped_by, saved_there)
+    return job
+
+
+@contextmanager
+def told_where_to_go_on(save_dir: StoragePath) -> Iterator[None]:
+    """Complete the word about a stop within the block that saved nothing."""
+    try:
+        yield
+    except Stopped as stop:
+        if not stop.detail:
+            saved = latest_committed(save_dir)
+            stop.detail = (
+                "; nothing was saved; the same command starts again"
+                if saved is None
+                else f"; nothing was saved since {saved.path} (step {saved.step}); the same command goes on from there"
+            )
+        raise
+
+
+def describe_job(settings: TrainSettings) -> dict[str, str]:
+    """Return what the job page of a cluster's dashboard says of the run."""
+    return {
+        "run": settings.run_name or settings.save_path.name,
+        "verifier": settings.verifier_name_or_path,
+        "data_path": str(settings.data_path),
+        "save_path": str(settings.save_path),
+    }
 
 
 def with_absolute_paths(settings: TrainSettings) -> TrainSettings:
     """Return the settings with every path made absolute; a verifier that is a local folder too."""
     update: dict[str, Any] = {
-        name: value.resolve() for name, value in settings.__dict__.items() if isinstance(value, Path)
+        name: value.resolve() for name, value in settings.__dict__.items() if isinstance(value, StoragePath)
     }
-    if Path(settings.verifier_name_or_path).is_dir():
-        update["verifier_name_or_path"] = str(Path(settings.verifier_name_or_path).resolve())
+    update["verifier_name_or_path"] = absolute_name(settings.verifier_name_or_path)
     return settings.model_copy(update=update)
 
 
@@ -86,19 +132,13 @@ def open_run_folder(settings: TrainSettings) -> CommittedCheckpoint | None:
     save_dir = settings.save_path
     if not settings.resume_from_checkpoint:
         remove_run(save_dir)
-    try:
-        save_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(
-            f"{save_dir}: cannot be created ({error.strerror}). Choose another --save-path."
-        ) from error
-    if (save_dir / BEST).exists() and not (save_dir / BEST).is_symlink():
-        raise CheckpointError(f"{save_dir / BEST}: expected the link this program makes, found a copy. Move it away.")
+    check_writable(save_dir)
+    check_best_is_ours(save_dir)
     broken = set_aside_broken_snapshot(save_dir)
     if broken is not None:
-        print(f"Ray's list of checkpoints was damaged and is now {broken}; the checkpoints themselves are used")
+        say(f"Ray's list of checkpoints was damaged and is now {broken}; the checkpoints themselves are used")
     for folder in find_uncommitted(save_dir):
-        print(f"{folder}: half-written, ignored")
+        say(f"{folder}: half-written, ignored", path=str(folder))
     return latest_committed(save_dir)
 
 
@@ -107,7 +147,7 @@ def decide_job(
     verifier: VerifierInfo,
     workers: WorkerRequest,
     checkpoint: CommittedCheckpoint | None,
-    progress: ProgressSender,
+    channel: Channel,
 ) -> TrainJob:
     """Read the samples' index, the mapping and the plan, and fix everything a rank needs to know."""
     aux_layer_ids = resolve_aux_layer_ids(settings, verifier)
@@ -119,6 +159,9 @@ def decide_job(
         final_norm_weight=load_final_norm(verifier).float(),
         rms_norm_eps=verifier.rms_norm_eps,
     )
+    if settings.pack_in == "task":
+        state_bytes = 2 * spec.hidden_size * (spec.num_aux_layers + 1)  # of a token, in bf16
+        check_shared_memory(settings.total_seq_len * state_bytes)
     index = build_index(str(settings.data_path), spec)
     mapping = resolve_and_write_mapping(settings, verifier)
     train_index, validation_index = split_index(index, settings.train_frac, settings.seed)
@@ -149,7 +192,7 @@ def decide_job(
         else None,
         stop_step=min(schedule.total_steps, settings.max_steps or schedule.total_steps),
         identity=run_identity(settings, draft_config, mapping, plan, schedule),
-        progress=progress,
+        channel=channel,
     )
 
 
@@ -172,7 +215,7 @@ def resolve_aux_layer_ids(settings: TrainSettings, verifier: VerifierInfo) -> tu
     return ids
 
 
-def read_recorded_layer_ids(data_path: Path) -> tuple[int, ...] | None:
+def read_recorded_layer_ids(data_path: StoragePath) -> tuple[int, ...] | None:
     """Return the layers named by the data_config.json that `generate` leaves beside its samples, or None.
 
     Raises:
@@ -200,7 +243,7 @@ def resolve_and_write_mapping(settings: TrainSettings, verifier: VerifierInfo) -
     mapping = resolve_mapping(settings, verifier.vocab_size)
     if not settings.d2t_path.exists() and not settings.t2d_path.exists():
         write_mapping(mapping, str(settings.d2t_path), str(settings.t2d_path))
-        print(f"draft vocabulary of {len(mapping.kept_ids):,} written to {settings.d2t_path} and {settings.t2d_path}")
+        say(f"draft vocabulary of {len(mapping.kept_ids):,} written to {settings.d2t_path} and {settings.t2d_path}")
     return mapping
 
 
@@ -212,14 +255,21 @@ def plan_samples(index: SampleIndex, settings: TrainSettings) -> PackingPlan:
 def describe_data(index: SampleIndex, plan: PackingPlan, validation_plan: PackingPlan) -> None:
     """Tell the user what was found and what was left out."""
     num_dropped, num_cut = plan.num_dropped + validation_plan.num_dropped, plan.num_cut + validation_plan.num_cut
-    print(
+    say(
         f"{len(index.paths):,} samples, {int(index.num_tokens.sum()):,} tokens; {len(plan.bins):,} bins to train on "
-        f"({plan.fill_frac:.1%} filled), {len(validation_plan.bins):,} to validate on"
+        f"({plan.fill_frac:.1%} filled), {len(validation_plan.bins):,} to validate on",
+        "data",
+        samples=len(index.paths),
+        tokens=int(index.num_tokens.sum()),
+        bins=len(plan.bins),
+        validation_bins=len(validation_plan.bins),
+        dropped=num_dropped,
+        cut=num_cut,
     )
     if num_dropped:
-        print(f"  {num_dropped:,} samples have no supervised token and are left out")
+        say(f"  {num_dropped:,} samples have no supervised token and are left out")
     if num_cut:
-        print(f"  {num_cut:,} samples are longer than a bin and are cut at {plan.total_seq_len:,} tokens")
+        say(f"  {num_cut:,} samples are longer than a bin and are cut at {plan.total_seq_len:,} tokens")
 
 
 def saved_bins_per_step(checkpoint: CommittedCheckpoint | None) -> int | None:
@@ -243,49 +293,3 @@ def run_identity(
         "data_format_version": settings.data_format_version,
         "ttt_steps": settings.ttt_steps,
     }
-
-
-def fit(job: TrainJob, workers: WorkerRequest) -> None:
-    """Run the job on the cluster.
-
-    Raises:
-        Eagle3RayError: What a worker raised on purpose, or `ClusterError` for a worker that was lost.
-    """
-    datasets: dict[str, Any] = {"train": functools.partial(build_train_stream, job)}
-    if job.validation_source is not None:
-        datasets["validation"] = functools.partial(build_validation_stream, job)
-    trainer = TorchTrainer(
-        functools.partial(run_rank, job),
-        scaling_config=ScalingConfig(
-            num_workers=workers.num_workers,
-            use_gpu=workers.use_gpu,
-            resources_per_worker={"CPU": workers.cpus_per_worker, **({"GPU": 1} if workers.use_gpu else {})},
-        ),
-        run_config=RunConfig(
-            name=job.save_dir.name,
-            storage_path=str(job.save_dir.parent),
-            failure_config=FailureConfig(max_failures=job.settings.max_failures),
-        ),
-        datasets=datasets,
-        dataset_config=DataConfig(execution_options=bin_execution_options()),
-    )
-    try:
-        trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        raise_cause(error)
-
-
-def build_train_stream(job: TrainJob) -> ray.data.Dataset:
-    """Stream from the newest whole checkpoint on. Ray calls this anew at every start of the workers."""
-    checkpoint = latest_committed(job.save_dir)
-    start = 0 if checkpoint is None else checkpoint.step
-    # A restart after the last checkpoint was committed has nothing left to read, but Ray wants a dataset.
-    end = max(job.stop_step, start + 1)
-    return build_bin_dataset(job.train_source, job.schedule, start, end, job.settings.pack_in)
-
-
-def build_validation_stream(job: TrainJob) -> ray.data.Dataset:
-    """Stream every validation bin once a pass."""
-    assert job.validation_source is not None and job.validation_schedule is not None
-    steps = job.validation_schedule.steps_per_epoch
-    return build_bin_dataset(job.validation_source, job.validation_schedule, 0, steps, job.settings.pack_in)

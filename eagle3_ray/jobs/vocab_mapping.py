@@ -1,13 +1,12 @@
 """`vocab-mapping`: token counts -> `d2t.npy` and `t2d.npy`; and the same, in memory, before a training run."""
 
-from pathlib import Path
-
 import numpy as np
 import ray
 from numpy.typing import NDArray
 from ray.exceptions import RayTaskError
 
 from eagle3_ray.config import TrainSettings, VocabMappingSettings
+from eagle3_ray.console import say
 from eagle3_ray.data.index import count_supervised_tokens
 from eagle3_ray.data.vocab import (
     DEFAULT_DRAFT_VOCAB_SIZE,
@@ -19,8 +18,11 @@ from eagle3_ray.data.vocab import (
 )
 from eagle3_ray.errors import Eagle3RayError, UsageError, VocabMappingError
 from eagle3_ray.jobs.cluster import ray_session
+from eagle3_ray.stopping import when_stopped
+from eagle3_ray.storage import StoragePath
 
 
+@when_stopped("; the same command starts again")
 def run(settings: VocabMappingSettings) -> None:
     """Choose the draft's vocabulary, write both files, tell how much of the samples it covers.
 
@@ -52,9 +54,9 @@ def run(settings: VocabMappingSettings) -> None:
     mapping = choose_counted(counts, draft_vocab_size, str(source))
     d2t_path, t2d_path = settings.output_path / "d2t.npy", settings.output_path / "t2d.npy"
     write_mapping(mapping, str(d2t_path), str(t2d_path))
-    print(describe_mapping(mapping, counts))
-    print(f"counted from  {source}")
-    print(f"wrote         {d2t_path}, {t2d_path}")
+    say(describe_mapping(mapping, counts), "mapping", kept=len(mapping.kept_ids), vocab_size=vocab_size)
+    say(f"counted from  {source}")
+    say(f"wrote         {d2t_path}, {t2d_path}", "done", d2t_path=str(d2t_path), t2d_path=str(t2d_path))
 
 
 def resolve_vocab_size(settings: VocabMappingSettings) -> int:
@@ -110,7 +112,11 @@ def resolve_mapping(settings: TrainSettings, vocab_size: int) -> VocabMapping:
 
 
 def compute_mapping(
-    vocab_size: int, draft_vocab_size: int, token_freq_path: Path | None, data_path: Path, data_format_version: int
+    vocab_size: int,
+    draft_vocab_size: int,
+    token_freq_path: StoragePath | None,
+    data_path: StoragePath,
+    data_format_version: int,
 ) -> VocabMapping:
     """Compute the mapping in a Ray task, which counts the samples in tasks of its own if no frequency file is named.
 

@@ -15,11 +15,13 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     StrictDataclassError,
 )
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CONFIG_MAPPING
 
 from eagle3_ray.errors import VerifierError
+from eagle3_ray.model.tensor_file import read_tensor, read_tensor_names
+from eagle3_ray.storage import ObjectPath, StoragePath, to_path
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -44,7 +46,7 @@ class VerifierInfo:
     """The verifier's text configuration, as far as a draft inherits it.
 
     Attributes:
-        name_or_path: Hub id, or the absolute path of a local folder (servers start elsewhere).
+        name_or_path: Hub id, URL, or the absolute path of a local folder (servers start elsewhere).
         architectures: Class names of its config.json, for the draft's own config.
         text_config: The (text part of the) config.json as a mapping.
     """
@@ -122,9 +124,10 @@ class VerifierTensors:
 
 
 def read_verifier_config(name_or_path: str) -> VerifierInfo:
-    """Read config.json of a local folder or of a hub repository.
+    """Read config.json of a folder, local or on an object store, or of a hub repository.
 
     Raises:
+        StorageError: The object store cannot be read.
         VerifierError: No config can be read, a needed field is absent, or the verifier changes its logits in a
             way the target distribution here does not follow (soft-capping, scaling, Gemma's norm).
     """
@@ -152,9 +155,8 @@ def read_verifier_config(name_or_path: str) -> VerifierInfo:
             problems.append(f"{key}={text_config[key]} changes the logits and is not supported")
     if problems:
         raise VerifierError(f"{path}: {'; '.join(problems)}.")
-    is_local = Path(name_or_path).is_dir()
     return VerifierInfo(
-        name_or_path=str(Path(name_or_path).resolve()) if is_local else name_or_path,
+        name_or_path=absolute_name(name_or_path),
         architectures=tuple(config.get("architectures") or ()),
         text_config=text_config,
     )
@@ -236,8 +238,7 @@ def _read_tensor_names(name_or_path: str) -> dict[str, str]:
             f"{name_or_path}: neither {SINGLE_FILE} nor {INDEX_FILE}. Store the verifier as safetensors."
         )
     try:
-        with safe_open(path, framework="pt") as file:
-            return dict.fromkeys(file.keys(), SINGLE_FILE)
+        return dict.fromkeys(read_tensor_names(path), SINGLE_FILE)
     except (SafetensorError, OSError) as error:
         raise VerifierError(f"{path}: not a readable safetensors file ({error}).") from error
 
@@ -247,8 +248,7 @@ def _read_tensor(info: VerifierInfo, file_name: str, tensor_name: str) -> Tensor
     if path is None:
         raise VerifierError(f"{info.name_or_path}: {file_name}, which should hold {tensor_name}, is missing.")
     try:
-        with safe_open(path, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(tensor_name)
+        tensor = read_tensor(path, tensor_name)
     except (SafetensorError, OSError) as error:
         raise VerifierError(f"{path}: cannot read {tensor_name} ({error}).") from error
     if not torch.is_floating_point(tensor) or tensor.element_size() < 2:
@@ -258,9 +258,24 @@ def _read_tensor(info: VerifierInfo, file_name: str, tensor_name: str) -> Tensor
     return tensor
 
 
-def _resolve_file(name_or_path: str, file_name: str) -> Path | None:
-    """Return the local path of one file of the verifier, downloaded from the hub if need be; None if it has none."""
-    folder = Path(name_or_path)
+def absolute_name(name_or_path: str) -> str:
+    """Return a local folder's absolute path, a URL in its one form, and a hub id as it is."""
+    folder = _to_folder(name_or_path)
+    return name_or_path if isinstance(folder, Path) and not folder.is_dir() else str(folder.resolve())
+
+
+def _to_folder(name_or_path: str) -> StoragePath:
+    try:
+        return to_path(name_or_path)
+    except ValueError as error:
+        raise VerifierError(f"{name_or_path}: {error}.") from error
+
+
+def _resolve_file(name_or_path: str, file_name: str) -> StoragePath | None:
+    """Return the path of one file of the verifier, downloaded from the hub if need be; None if it has none."""
+    folder = _to_folder(name_or_path)
+    if isinstance(folder, ObjectPath):
+        return folder / file_name if (folder / file_name).is_file() else None
     if folder.is_dir():
         return folder / file_name if (folder / file_name).is_file() else None
     try:

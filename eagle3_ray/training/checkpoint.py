@@ -20,7 +20,8 @@ from eagle3_ray.data.vocab import VocabMapping
 from eagle3_ray.errors import CheckpointError
 from eagle3_ray.model.draft import Eagle3Draft
 from eagle3_ray.speculators_format import check_speculators_folder
-from eagle3_ray.training.run_folder import RECORD, STATE, write_atomically
+from eagle3_ray.storage import write_atomically
+from eagle3_ray.training.run_folder import RECORD, STATE
 from eagle3_ray.training.sharding import gather_weights, trained_state
 
 
@@ -55,18 +56,23 @@ def write_servable_draft(
     (folder / "config.json").write_text(json.dumps(draft.config.to_speculators(), indent=2) + "\n", encoding="utf-8")
 
 
-def restore_checkpoint(folder: Path, draft: Eagle3Draft, optimizer: torch.optim.Optimizer) -> None:
+def restore_checkpoint(state_dir: Path, draft: Eagle3Draft, optimizer: torch.optim.Optimizer) -> None:
     """Load weights and optimizer state saved by any number of ranks. collective: every rank calls it.
+
+    Args:
+        state_dir: The checkpoint's `state/`, on this machine.
+        draft: Filled in place.
+        optimizer: Filled in place.
 
     Raises:
         CheckpointError: The state cannot be read, or is of another draft.
     """
     optimizer_state = get_optimizer_state_dict(draft, optimizer)
     try:
-        dcp.load({"model": trained_state(draft), "optimizer": optimizer_state}, checkpoint_id=folder / STATE)
+        dcp.load({"model": trained_state(draft), "optimizer": optimizer_state}, checkpoint_id=state_dir)
     except (CheckpointException, ValueError, RuntimeError, OSError) as error:
         raise CheckpointError(
-            f"{folder}: its state cannot be restored ({error}). Move the folder away to go on from an older one."
+            f"{state_dir}: cannot be restored ({error}). Move the checkpoint away to go on from an older one."
         ) from error
     # DCP fills the tensors in place; the optimizer's own wiring is rebuilt from them.
     set_optimizer_state_dict(draft, optimizer, optimizer_state)

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -13,7 +12,9 @@ from eagle3_ray.data.pipeline import BinSource
 from eagle3_ray.data.vocab import VocabMapping
 from eagle3_ray.model.config import DraftConfig
 from eagle3_ray.model.verifier import VerifierInfo
-from eagle3_ray.training.progress import ProgressSender
+from eagle3_ray.storage import StoragePath
+from eagle3_ray.training.channel import Channel
+from eagle3_ray.training.run_folder import CommittedCheckpoint, is_step_folder
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class TrainJob:
         validation_schedule: The same for one pass over the validation bins, or None.
         stop_step: Optimizer updates after which to stop; fewer than the schedule's if the user wants to pause there.
         identity: What a checkpoint must share with this run to be resumed from.
-        progress: Where rank 0 tells how far it is.
+        channel: Where rank 0 tells how far it is, and is told to stop.
     """
 
     settings: TrainSettings
@@ -44,9 +45,18 @@ class TrainJob:
     validation_schedule: BinSchedule | None
     stop_step: int
     identity: Mapping[str, Any]
-    progress: ProgressSender
+    channel: Channel
 
     @property
-    def save_dir(self) -> Path:
+    def save_dir(self) -> StoragePath:
         """The run folder."""
         return self.settings.save_path
+
+    def owes_validation(self, checkpoint: CommittedCheckpoint) -> bool:
+        """Tell whether a run was stopped at the end of an epoch, before its validation: that comes first now."""
+        is_epoch_end = checkpoint.step % self.schedule.steps_per_epoch == 0
+        return is_epoch_end and is_step_folder(checkpoint.path.name)
+
+    def is_complete(self, checkpoint: CommittedCheckpoint) -> bool:
+        """Tell whether nothing is left to do after this checkpoint."""
+        return checkpoint.step >= self.stop_step and not self.owes_validation(checkpoint)

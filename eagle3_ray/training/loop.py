@@ -7,11 +7,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import ray.train
+import torch
 from ray.train import Checkpoint, CheckpointConsistencyMode
 
 from eagle3_ray.data.pipeline import StepBins, iter_step_bins
-from eagle3_ray.errors import NonFiniteError
+from eagle3_ray.errors import NonFiniteError, on_top
 from eagle3_ray.metrics import TRAIN, VAL, summarize
+from eagle3_ray.storage import write_atomically
 from eagle3_ray.training.checkpoint import write_checkpoint
 from eagle3_ray.training.job import TrainJob
 from eagle3_ray.training.meter import Meter
@@ -24,12 +26,15 @@ from eagle3_ray.training.run_folder import (
     epoch_folder,
     point_best,
     step_folder,
-    write_atomically,
 )
-from eagle3_ray.training.step import eval_step, train_step
+from eagle3_ray.training.step import eval_step, sum_over_ranks, train_step
 from eagle3_ray.versions import installed_versions
 
+# Each look waits for the device; a stop waits for so many.
+STOP_EVERY_VALIDATION_STEPS = 8
 
+
+@on_top()
 def run_rank(job: TrainJob) -> None:
     """Train until the run is complete. Every rank of the TorchTrainer runs this, and again after a restart.
 
@@ -39,17 +44,21 @@ def run_rank(job: TrainJob) -> None:
     with contextlib.closing(rank.loggers):
         if rank.step == 0:
             record_untrained(rank)
+        elif rank.owes_validation:
+            finish_epoch(rank)
         for item in iter_train_bins(rank):
             update(rank, item)
             is_last, is_epoch_end = rank.step == job.stop_step, rank.step % job.schedule.steps_per_epoch == 0
-            if is_last or is_epoch_end or is_due(rank.step, job.settings.log_every_steps):
+            if is_last or is_epoch_end or rank.is_stopping or is_due(rank.step, job.settings.log_every_steps):
                 log_progress(rank)
             if is_epoch_end:
-                save(rank, epoch_folder(rank.step // job.schedule.steps_per_epoch - 1), validate(rank))
+                finish_epoch(rank)
             elif is_last:
                 save(rank, step_folder(rank.step), validate(rank))
-            elif is_due(rank.step, job.settings.checkpoint_every_steps):
+            elif rank.is_stopping or is_due(rank.step, job.settings.checkpoint_every_steps):
                 save(rank, step_folder(rank.step), {})
+            if rank.is_stopping:
+                return
             rank.meter.restart_clock()
 
 
@@ -84,12 +93,24 @@ def update(rank: Rank, item: StepBins) -> None:
     set_learning_rate(rank.optimizer, learning_rate(rank.step, total_steps, num_warmup, settings.lr))
     epoch = rank.step // job.schedule.steps_per_epoch
     try:
-        sums, rank.grad_norm = train_step(rank.draft, rank.optimizer, rank.target_head, item.bins, epoch, rank.settings)
+        sums, rank.grad_norm, rank.is_stopping = train_step(
+            rank.draft,
+            rank.optimizer,
+            rank.target_head,
+            item.bins,
+            epoch,
+            rank.settings,
+            wants_stop=rank.stop_ordered.is_set(),
+        )
     except NonFiniteError as error:
         files = [path for packed in item.bins for path in rank.train_source.paths_of_bin(packed.number)]
         held = f"rank {rank.number} held {', '.join(files) or 'no samples'}"
         raise NonFiniteError(f"step {rank.step}: {error} Nothing was updated; {held}.") from error
     rank.step += 1
+    if rank.is_first and not rank.is_listening:
+        # Not before: until a step is made there is nothing to save, and the driver stops the run by itself.
+        rank.is_listening = True
+        job.channel.listen_for_stop(rank.stop_ordered)
     rank.meter.add(sums, sum(packed.num_tokens for packed in item.bins), item.wait_s)
 
 
@@ -101,17 +122,38 @@ def log_progress(rank: Rank) -> None:
     rank.metrics |= {f"{TRAIN}/{name}": value for name, value in speed.items()}
     rank.metrics[f"{TRAIN}/lr"] = rank.optimizer.param_groups[0]["lr"]
     rank.metrics[f"{TRAIN}/grad_norm"] = rank.grad_norm
+    rank.metrics[f"{TRAIN}/step"] = float(rank.step)
     rank.metrics[f"{TRAIN}/epoch"] = rank.step / job.schedule.steps_per_epoch
+    rank.metrics[f"{TRAIN}/progress_frac"] = rank.step / job.stop_step
     rank.loggers.log(rank.metrics, rank.step)
     if rank.is_first:
         epoch, step_of_epoch = divmod(rank.step - 1, job.schedule.steps_per_epoch)
-        job.progress.send(StepProgress(epoch, step_of_epoch + 1, job.schedule.steps_per_epoch, dict(rank.metrics)))
+        steps_per_epoch = job.schedule.steps_per_epoch
+        job.channel.tell(
+            StepProgress(
+                epoch, job.settings.epochs, rank.step, step_of_epoch + 1, steps_per_epoch, metrics=dict(rank.metrics)
+            )
+        )
+
+
+def finish_epoch(rank: Rank) -> None:
+    """Validate and save after the last step of an epoch. collective.
+
+    A run that is stopping saves as within an epoch: the validation is made up for when it goes on.
+    """
+    validation = validate(rank)
+    epoch = rank.step // rank.job.schedule.steps_per_epoch - 1
+    owes_validation = rank.is_stopping and rank.job.validation_schedule is not None
+    save(rank, step_folder(rank.step) if owes_validation else epoch_folder(epoch), validation)
 
 
 def validate(rank: Rank) -> dict[str, float]:
-    """Run every validation bin through the draft, log the means over all of them, and return them. collective."""
+    """Run every validation bin through the draft, log the means over all of them, and return them. collective.
+
+    Nothing is returned if the run is stopping, or is told to meanwhile.
+    """
     job = rank.job
-    if job.validation_schedule is None or rank.validation_source is None:
+    if job.validation_schedule is None or rank.validation_source is None or rank.is_stopping:
         return {}
     meter = Meter(job.settings.ttt_steps, rank.settings.device)
     steps = range(job.validation_schedule.steps_per_epoch)
@@ -119,12 +161,22 @@ def validate(rank: Rank) -> dict[str, float]:
     for item in iter_step_bins(
         shard, rank.validation_source, job.validation_schedule, rank.number, steps, job.settings.pack_in
     ):
+        if item.step % STOP_EVERY_VALIDATION_STEPS == 0 and agree_to_stop(rank):
+            return {}
         for packed in item.bins:
             meter.add(eval_step(rank.draft, rank.target_head, packed, rank.settings), packed.num_tokens, item.wait_s)
     sums, _ = meter.reduce()
     metrics = summarize(sums, job.settings.ttt_step_loss_decay, VAL)
     rank.loggers.log(metrics, rank.step)
     return metrics
+
+
+def agree_to_stop(rank: Rank) -> bool:
+    """Tell whether the run is told to stop while it validates, which no step's reduction can carry. collective."""
+    # sync: the host must know.
+    own = torch.tensor(float(rank.stop_ordered.is_set()), device=rank.settings.device)
+    rank.is_stopping = bool(sum_over_ranks(own))
+    return rank.is_stopping
 
 
 def record_untrained(rank: Rank) -> None:
@@ -159,4 +211,6 @@ def save(rank: Rank, name: str, validation: Mapping[str, float]) -> None:
         commit(path, rank.step)
         point_best(job.save_dir)
         epoch = (rank.step - 1) // job.schedule.steps_per_epoch
-        job.progress.send(Note(describe_epoch(epoch, job.settings.epochs, rank.step, metrics, str(path))))
+        text = describe_epoch(epoch, job.settings.epochs, rank.step, metrics, str(path))
+        fields = {"step": rank.step, "epoch": epoch + 1, "path": str(path), "metrics": metrics}
+        job.channel.tell(Note(text, "checkpoint", fields))

@@ -1,15 +1,24 @@
-"""How far a run is, told by rank 0 and shown by the driver: a bar an epoch on a terminal, a line an epoch elsewhere."""
+"""How far a run is, told by rank 0 and shown by the driver.
+
+On a terminal a bar an epoch and a line a checkpoint; elsewhere, where a bar would fill a file, a line of progress at
+the first logged step and then every ten seconds at most.
+"""
 
 import contextlib
 import sys
 import threading
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ray.exceptions import RayActorError
-from ray.util.queue import Queue
 from tqdm import tqdm
+
+from eagle3_ray.console import say, speaks_json
+from eagle3_ray.training.channel import Channel, open_channel
+
+LINE_EVERY_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -17,6 +26,8 @@ class StepProgress:
     """After a logged step; `step_of_epoch` counts from 1."""
 
     epoch: int
+    num_epochs: int
+    step: int
     step_of_epoch: int
     steps_per_epoch: int
     metrics: Mapping[str, float]
@@ -24,30 +35,22 @@ class StepProgress:
 
 @dataclass(frozen=True)
 class Note:
-    """A line for the user."""
+    """A line for the user, and what belongs to it for machines."""
 
     text: str
-
-
-@dataclass(frozen=True)
-class ProgressSender:
-    """The worker's end. Telling never waits, and a driver that is gone is not the run's concern."""
-
-    queue: Queue
-
-    def send(self, item: StepProgress | Note) -> None:
-        """Tell the driver."""
-        self.queue.actor.put_nowait.remote(item)  # type: ignore[attr-defined]
+    event: str = "note"
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 class ProgressBoard:
     """The driver's end: a context manager that shows what rank 0 tells until it is left."""
 
     def __init__(self) -> None:
-        self._queue = Queue(actor_options={"num_cpus": 0})
-        self.sender = ProgressSender(self._queue)
+        self.channel: Channel = open_channel()
+        self._draws = sys.stderr.isatty() and not speaks_json()
         self._bar: tqdm[Any] | None = None
         self._epoch = -1
+        self._shown_s = -LINE_EVERY_S
         self._thread = threading.Thread(target=self._show_all, name="progress", daemon=True)
 
     def __enter__(self) -> "ProgressBoard":
@@ -57,25 +60,40 @@ class ProgressBoard:
     def __exit__(self, *_: object) -> None:
         # A Ray that is gone has an error of its own to tell, which must not be hidden by one of the display.
         with contextlib.suppress(RayActorError):
-            self._queue.put(None)
+            self.channel.tell(None)
             self._thread.join()
-            self._queue.shutdown(force=True)
+            self.channel.close()
         self._close_bar()
 
     def _show_all(self) -> None:
         while (item := self._next_item()) is not None:
             if isinstance(item, Note):
-                tqdm.write(item.text, file=sys.stdout)
-                sys.stdout.flush()
-            elif sys.stderr.isatty():
+                self._show_note(item)
+            elif self._draws:
                 self._show_step(item)
+            else:
+                self._write_step(item)
 
     def _next_item(self) -> StepProgress | Note | None:
         try:
-            item: StepProgress | Note | None = self._queue.get()
+            item: StepProgress | Note | None = self.channel.take()
         except RayActorError:
             return None
         return item
+
+    def _show_note(self, note: Note) -> None:
+        if self._draws:
+            tqdm.write(note.text, file=sys.stdout)
+            sys.stdout.flush()
+        else:
+            say(note.text, note.event, **note.fields)
+
+    def _write_step(self, item: StepProgress) -> None:
+        now = time.monotonic()
+        if now - self._shown_s >= LINE_EVERY_S:
+            self._shown_s = now
+            fields = {"step": item.step, "epoch": item.epoch + 1, "metrics": dict(item.metrics)}
+            say(describe_step(item), "progress", **fields)
 
     def _show_step(self, item: StepProgress) -> None:
         if item.epoch != self._epoch:
@@ -89,6 +107,12 @@ class ProgressBoard:
     def _close_bar(self) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def describe_step(item: StepProgress) -> str:
+    """Return the line of a logged step."""
+    place = f"epoch {item.epoch + 1}/{item.num_epochs}  step {item.step}"
+    return f"{place}  {item.step_of_epoch}/{item.steps_per_epoch} of the epoch  {describe_progress(item.metrics)}"
 
 
 def describe_progress(metrics: Mapping[str, float]) -> str:

@@ -1,7 +1,9 @@
 """What one rank holds while it trains, and how it comes to hold it."""
 
-import os
+import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import ray
 import ray.train
@@ -11,17 +13,21 @@ import torch.distributed as dist
 
 from eagle3_ray.data.pipeline import BinSource
 from eagle3_ray.loggers import MultiLogger, open_loggers
+from eagle3_ray.machine import usable_cpus
+from eagle3_ray.metrics import TRAIN
 from eagle3_ray.model.draft import Eagle3Draft
 from eagle3_ray.model.initial import initial_weights
 from eagle3_ray.model.loss import TargetHead
 from eagle3_ray.model.verifier import VerifierTensors, load_verifier_tensors
+from eagle3_ray.storage import ObjectPath, StoragePath
 from eagle3_ray.training.checkpoint import restore_checkpoint
 from eagle3_ray.training.job import TrainJob
 from eagle3_ray.training.meter import Meter
 from eagle3_ray.training.optim import build_optimizer
-from eagle3_ray.training.run_folder import check_same_run, latest_committed
+from eagle3_ray.training.run_folder import STATE, check_same_run, latest_committed
 from eagle3_ray.training.sharding import build_sharded_draft
 from eagle3_ray.training.step import StepSettings
+from eagle3_ray.training.telemetry import RayGauges, last_validation
 
 
 @dataclass
@@ -32,6 +38,10 @@ class Rank:
         step: Optimizer updates done, over all epochs and restarts.
         grad_norm: Of the last update, before clipping.
         metrics: Of the last logged point.
+        owes_validation: The checkpoint it went on from was stored at the end of an epoch, without validation.
+        is_listening: Rank 0 listens for the driver's order to stop.
+        stop_ordered: Set on rank 0 once the driver orders to stop.
+        is_stopping: All ranks have agreed to save and stop.
     """
 
     number: int
@@ -47,6 +57,10 @@ class Rank:
     step: int
     grad_norm: float
     metrics: dict[str, float]
+    owes_validation: bool
+    is_listening: bool
+    stop_ordered: threading.Event
+    is_stopping: bool
 
     @property
     def is_first(self) -> bool:
@@ -65,7 +79,7 @@ def start_rank(job: TrainJob) -> Rank:
     settings, number = job.settings, dist.get_rank()
     device = ray.train.torch.get_device()
     # A local Ray may have one CPU more than the machine, for the tasks beside the workers.
-    torch.set_num_threads(min(torch.get_num_threads(), os.cpu_count() or 1))
+    torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
     compute_dtype = resolve_compute_dtype(settings.precision, device)
     tensors = load_verifier_tensors(job.verifier)
     weights = initial_weights(job.draft_config, tensors, job.mapping.kept_ids, settings.seed) if number == 0 else None
@@ -74,7 +88,9 @@ def start_rank(job: TrainJob) -> Rank:
     checkpoint = latest_committed(job.save_dir)
     if checkpoint is not None:
         check_same_run(checkpoint, job.identity)
-        restore_checkpoint(checkpoint.path, draft, optimizer)
+        # A copy of this machine's is shared by its ranks; a path of this machine is used as it is.
+        with ray_checkpoint(checkpoint.path / STATE).as_directory() as state_dir:
+            restore_checkpoint(Path(state_dir), draft, optimizer)
     step = 0 if checkpoint is None else checkpoint.step
     return Rank(
         number=number,
@@ -97,8 +113,24 @@ def start_rank(job: TrainJob) -> Rank:
         loggers=open_rank_loggers(job, number, step),
         step=step,
         grad_norm=0.0,
-        metrics={},
+        metrics={} if checkpoint is None else train_metrics(checkpoint.metrics),
+        owes_validation=checkpoint is not None and job.owes_validation(checkpoint),
+        is_listening=False,
+        stop_ordered=threading.Event(),
+        is_stopping=False,
     )
+
+
+def ray_checkpoint(path: StoragePath) -> ray.train.Checkpoint:
+    """Return a folder as Ray Train fetches it from wherever it lies."""
+    if isinstance(path, ObjectPath):
+        return ray.train.Checkpoint(path.key, path.filesystem)
+    return ray.train.Checkpoint.from_directory(path)
+
+
+def train_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return what was measured in training; what an older draft was validated at is left out."""
+    return {name: value for name, value in metrics.items() if name.startswith(f"{TRAIN}/")}
 
 
 def resolve_compute_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -121,14 +153,20 @@ def build_target_head(
 
 
 def open_rank_loggers(job: TrainJob, number: int, step: int) -> MultiLogger:
-    """Open the loggers asked for on rank 0, and none elsewhere."""
+    """Open Ray's gauges and the loggers asked for on rank 0, and none elsewhere."""
+    if number != 0:
+        return MultiLogger(())
     settings = job.settings
-    return open_loggers(
-        names=settings.logger_names if number == 0 else (),
+    run_name = settings.run_name or settings.save_path.name
+    chosen = open_loggers(
+        names=settings.logger_names,
         log_dir=settings.log_dir,
-        run_name=settings.run_name or settings.save_path.name,
+        run_name=run_name,
         project="eagle3_ray",
         settings=settings.model_dump(mode="json"),
         resume_step=step,
         run_ids_dir=settings.save_path,
     )
+    gauges = RayGauges(run_name, str(settings.save_path))
+    gauges.log(last_validation(settings.save_path), step)
+    return MultiLogger((gauges, chosen))

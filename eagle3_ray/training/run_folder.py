@@ -2,7 +2,8 @@
 
     <save-path>/
       0/ 1/ ... step-000500/   config.json model.safetensors state/ run.json, and COMMITTED written last
-      best -> 1                the whole checkpoint with the most expected tokens per verification
+      best -> 1                the whole checkpoint with the most expected tokens per verification; on an object
+                               store, which has no links, an object that holds the name "1"
       run.yaml                 the resolved settings
       initial_metrics.json     validation of the untrained draft
 
@@ -13,13 +14,14 @@ number may well be the highest.
 import json
 import os
 import re
-import shutil
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from eagle3_ray.errors import CheckpointError
+from eagle3_ray.storage import ObjectPath, StoragePath, remove_tree, write_atomically
 
 COMMITTED, RECORD, STATE, BEST, RUN_YAML = "COMMITTED", "run.json", "state", "best", "run.yaml"
 INITIAL_METRICS = "initial_metrics.json"
@@ -44,7 +46,7 @@ class CommittedCheckpoint:
         identity: What a run must share to go on from it.
     """
 
-    path: Path
+    path: StoragePath
     step: int
     metrics: Mapping[str, float]
     identity: Mapping[str, Any]
@@ -60,7 +62,12 @@ def step_folder(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def find_committed(save_dir: Path) -> list[CommittedCheckpoint]:
+def is_step_folder(name: str) -> bool:
+    """Tell a checkpoint within an epoch from one after an epoch."""
+    return name.startswith("step-")
+
+
+def find_committed(save_dir: StoragePath) -> list[CommittedCheckpoint]:
     """Return the whole checkpoints of a run, oldest first; half-written ones are passed over.
 
     Raises:
@@ -69,24 +76,25 @@ def find_committed(save_dir: Path) -> list[CommittedCheckpoint]:
     if not save_dir.is_dir():
         return []
     found = [_open(path) for path in save_dir.iterdir() if _NAME.fullmatch(path.name) and (path / COMMITTED).is_file()]
-    return sorted(found, key=lambda checkpoint: checkpoint.step)
+    # An epoch that was stopped before its validation has two of one step; the validated one is the newer.
+    return sorted(found, key=lambda checkpoint: (checkpoint.step, not is_step_folder(checkpoint.path.name)))
 
 
-def latest_committed(save_dir: Path) -> CommittedCheckpoint | None:
+def latest_committed(save_dir: StoragePath) -> CommittedCheckpoint | None:
     """Return the whole checkpoint with the most updates, or None."""
     committed = find_committed(save_dir)
     return committed[-1] if committed else None
 
 
-def find_uncommitted(save_dir: Path) -> list[Path]:
+def find_uncommitted(save_dir: StoragePath) -> list[StoragePath]:
     """Return folders that a save was interrupted in."""
     if not save_dir.is_dir():
         return []
     folders = [path for path in save_dir.iterdir() if path.is_dir() and _NAME.fullmatch(path.name)]
-    return sorted(path for path in folders if not (path / COMMITTED).exists() and _is_ours(path))
+    return sorted((path for path in folders if not (path / COMMITTED).exists() and _is_ours(path)), key=str)
 
 
-def commit(path: Path, step: int) -> None:
+def commit(path: StoragePath, step: int) -> None:
     """Mark a checkpoint as whole. Called once everything in it is on disk.
 
     Raises:
@@ -98,7 +106,7 @@ def commit(path: Path, step: int) -> None:
     write_atomically(path / COMMITTED, json.dumps({"step": step}) + "\n")
 
 
-def point_best(save_dir: Path) -> Path | None:
+def point_best(save_dir: StoragePath) -> StoragePath | None:
     """Let `best` name the whole checkpoint with the most expected tokens; the newest if none was validated.
 
     Of equals, the older stays. Returns the folder it names.
@@ -108,11 +116,51 @@ def point_best(save_dir: Path) -> Path | None:
         return None
     scored = [c for c in committed if BEST_METRIC in c.metrics]
     best = max(scored, key=lambda c: c.metrics[BEST_METRIC]) if scored else committed[-1]
+    if isinstance(save_dir, ObjectPath):  # which has no links: an object that holds the name
+        (save_dir / BEST).write_bytes(best.path.name.encode())
+        return best.path
     temporary = save_dir / f".{BEST}.tmp"
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(best.path.name)
     os.replace(temporary, save_dir / BEST)
     return best.path
+
+
+def follow_best(path: StoragePath) -> StoragePath:
+    """Return the folder that a run's `best` names; any other path as it is."""
+    if isinstance(path, ObjectPath) and path.name == BEST and path.is_file():
+        return path.parent / path.read_text(encoding="utf-8").strip()
+    return path.resolve()
+
+
+def check_best_is_ours(save_dir: StoragePath) -> None:
+    """Refuse a `best` that was copied: it would hide the one this program makes.
+
+    Raises:
+        CheckpointError: It is a folder.
+    """
+    best = save_dir / BEST
+    if best.is_dir() and not (isinstance(best, Path) and best.is_symlink()):
+        raise CheckpointError(f"{best}: expected the link this program makes, found a copy. Move it away.")
+
+
+def check_writable(save_dir: StoragePath) -> None:
+    """Make the run folder, and write a file there once, so that hours of training are not for nothing.
+
+    Raises:
+        CheckpointError: It cannot be made, or not be written to.
+        StorageError: It lies on an object store that cannot be written.
+    """
+    probe = save_dir / f".write-probe-{uuid.uuid4().hex[:8]}"
+    try:
+        save_dir.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise CheckpointError(
+            f"{save_dir}: cannot be written to ({error.strerror}). Choose another --save-path, or give the user that "
+            f"runs this (id {os.getuid()}) the right to write there."
+        ) from error
 
 
 def check_same_run(checkpoint: CommittedCheckpoint, identity: Mapping[str, Any]) -> None:
@@ -134,21 +182,23 @@ def check_same_run(checkpoint: CommittedCheckpoint, identity: Mapping[str, Any])
         )
 
 
-def remove_run(save_dir: Path) -> list[Path]:
+def remove_run(save_dir: StoragePath) -> list[StoragePath]:
     """Remove what earlier runs of this program wrote to the folder, and nothing else. Returns what was left alone."""
     if not save_dir.is_dir():
         return []
-    if (save_dir / BEST).is_symlink():
-        (save_dir / BEST).unlink()
+    best = save_dir / BEST
+    if isinstance(best, ObjectPath) or best.is_symlink():
+        best.unlink(missing_ok=True)
     for name in (RUN_YAML, INITIAL_METRICS, LOGGER_RUN_ID, *RAY_FILES):
         (save_dir / name).unlink(missing_ok=True)
     for path in save_dir.iterdir():
-        if path.is_dir() and not path.is_symlink() and _NAME.fullmatch(path.name) and _is_ours(path):
-            shutil.rmtree(path)
-    return sorted(save_dir.iterdir())
+        is_folder = path.is_dir() and not (isinstance(path, Path) and path.is_symlink())
+        if is_folder and _NAME.fullmatch(path.name) and _is_ours(path):
+            remove_tree(path)
+    return sorted(save_dir.iterdir(), key=str)
 
 
-def set_aside_broken_snapshot(save_dir: Path) -> Path | None:
+def set_aside_broken_snapshot(save_dir: StoragePath) -> StoragePath | None:
     """Move Ray's list of checkpoints away if it is cut short or names a folder that is gone.
 
     Ray writes that file in place and refuses to start from a bad one. Resuming here relies on COMMITTED alone, so
@@ -164,17 +214,10 @@ def set_aside_broken_snapshot(save_dir: Path) -> Path | None:
             return None
     except (ValueError, KeyError, TypeError):
         pass  # not the file Ray writes: set aside below
-    return Path(shutil.move(snapshot, save_dir / BROKEN_SNAPSHOT))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file that is either absent, old, or whole, and on disk when this returns."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    broken = save_dir / BROKEN_SNAPSHOT
+    broken.write_bytes(snapshot.read_bytes())
+    snapshot.unlink()
+    return broken
 
 
 def _flatten(identity: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -185,7 +228,7 @@ def _flatten(identity: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _open(path: Path) -> CommittedCheckpoint:
+def _open(path: StoragePath) -> CommittedCheckpoint:
     missing = sorted(part for part in PARTS if not (path / part).exists())
     if missing:
         raise CheckpointError(
@@ -201,6 +244,7 @@ def _open(path: Path) -> CommittedCheckpoint:
         ) from error
 
 
-def _is_ours(path: Path) -> bool:
+def _is_ours(path: StoragePath) -> bool:
     """A folder that holds parts of a checkpoint and nothing else, or nothing at all."""
-    return {entry.name for entry in path.iterdir()} <= PARTS | {f".{COMMITTED}.tmp"}
+    names = {entry.name for entry in path.iterdir()}
+    return all(name in PARTS or name.startswith(f".{COMMITTED}.") for name in names)

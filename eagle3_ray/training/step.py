@@ -9,6 +9,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -47,6 +48,20 @@ class StepSettings:
     compute_dtype: torch.dtype
 
 
+class StepResult(NamedTuple):
+    """What an update tells.
+
+    Attributes:
+        sums: This rank's sums [6, P] float64 (`loss.SUM_NAMES`).
+        grad_norm: The global gradient norm before clipping.
+        is_stopping: Some rank wants to stop after this step; the same on all ranks.
+    """
+
+    sums: Tensor
+    grad_norm: float
+    is_stopping: bool
+
+
 def train_step(
     draft: Eagle3Draft,
     optimizer: torch.optim.Optimizer,
@@ -54,17 +69,24 @@ def train_step(
     bins: Sequence[PackedBin],
     epoch: int,
     settings: StepSettings,
-) -> tuple[Tensor, float]:
+    wants_stop: bool = False,
+) -> StepResult:
     """Update the draft once from this rank's bins of one step. collective: every rank calls it.
 
-    Returns:
-        This rank's sums [6, P] float64 (`loss.SUM_NAMES`), and the global gradient norm before clipping.
+    Args:
+        draft: This rank's part of it.
+        optimizer: Of the draft's trained weights.
+        target_head: What it learns to guess.
+        bins: This rank's.
+        epoch: Seeds the noise.
+        settings: The same on all ranks.
+        wants_stop: This rank was told to stop; the update is made all the same, and all ranks learn of it.
 
     Raises:
         NonFiniteError: The norm is NaN or Inf, on all ranks alike; nothing is updated.
     """
     layouts = [build_layout(b.document_ids, b.loss_mask, b.num_tokens, settings.num_ttt_steps) for b in bins]
-    weights = position_weights(layouts, settings)
+    weights, num_stopping = agree_on_step(layouts, settings, wants_stop)
     sums = torch.zeros(6, settings.num_ttt_steps, dtype=torch.float64, device=settings.device)
     for packed, layout in zip(bins, layouts, strict=True):
         inputs = prepare_inputs(packed, layout, settings)
@@ -79,7 +101,8 @@ def train_step(
         raise NonFiniteError(f"the gradient norm is {grad_norm}.")
     optimizer.step()
     optimizer.zero_grad()
-    return sums, grad_norm
+    # sync: costs nothing here, the device has just been waited for.
+    return StepResult(sums, grad_norm, is_stopping=bool(num_stopping))
 
 
 @torch.no_grad()
@@ -91,13 +114,17 @@ def eval_step(draft: Eagle3Draft, target_head: TargetHead, packed: PackedBin, se
     return sums
 
 
-def position_weights(layouts: Sequence[TttLayout], settings: StepSettings) -> Tensor:
-    """Return [P] fp32: decay**k divided by the valid targets of step k over all ranks. collective."""
-    counts = torch.stack([layout.counts for layout in layouts]).sum(0).to(settings.device)
-    if dist.is_initialized():
-        dist.all_reduce(counts)
+def agree_on_step(layouts: Sequence[TttLayout], settings: StepSettings, wants_stop: bool) -> tuple[Tensor, Tensor]:
+    """Sum over ranks what a step must agree on, in one reduction. collective.
+
+    Returns:
+        Weights [P] fp32: decay**k divided by the valid targets of step k over all ranks; and the number of ranks
+        that want to stop.
+    """
+    counts = torch.stack([layout.counts for layout in layouts]).sum(0)
+    totals = sum_over_ranks(torch.cat((counts, counts.new_tensor([wants_stop]))).to(settings.device))
     decay = settings.loss_decay ** torch.arange(settings.num_ttt_steps, device=settings.device)
-    return (decay / counts.clamp(min=1)).float()
+    return (decay / totals[:-1].clamp(min=1)).float(), totals[-1]
 
 
 def prepare_inputs(packed: PackedBin, layout: TttLayout, settings: StepSettings) -> DraftInputs:

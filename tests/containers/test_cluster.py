@@ -1,4 +1,4 @@
-"""Two containers as a Ray cluster under a token: its jobs train across both, and survive the loss of one."""
+"""Two containers as a Ray cluster under a token: submitted jobs train across both, and survive the loss of one."""
 
 from pathlib import Path
 

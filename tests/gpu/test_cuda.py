@@ -65,7 +65,7 @@ def train(case: str, compute_dtype: torch.dtype, num_steps: int) -> tuple[Eagle3
     found = []
     for _ in range(num_steps):
         set_learning_rate(optimizer, 1e-3)
-        sums, grad_norm = train_step(draft, optimizer, head, load_bins(), 0, settings)
+        sums, grad_norm, _ = train_step(draft, optimizer, head, load_bins(), 0, settings)
         decay = spec["decay"] ** torch.arange(spec["ttt_steps"], dtype=torch.float64)
         found.append([float((sums[0] / sums[1]).cpu() @ decay), grad_norm])
     return draft, found

@@ -93,12 +93,13 @@ def folder(straight: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def assert_same_run(found: Path, expected: Path, tmp_path: Path) -> None:
+def assert_same_run(found: Path, expected: Path, tmp_path: Path, name: str = "1") -> None:
     """The last checkpoints agree in every bit: weights, Adam's moments and steps, metrics."""
-    state, wanted = load_state(found / "run" / "1", tmp_path), load_state(expected / "run" / "1", tmp_path)
+    state = load_state(found / "run" / name, tmp_path)
+    wanted = load_state(expected / "run" / name, tmp_path)
     assert state.keys() == wanted.keys() and len(wanted) > 30
     assert [name for name in wanted if not torch.equal(state[name], wanted[name])] == []
-    metrics, wanted_metrics = read_metrics(found / "run" / "1"), read_metrics(expected / "run" / "1")
+    metrics, wanted_metrics = read_metrics(found / "run" / name), read_metrics(expected / "run" / name)
     validated = [name for name in wanted_metrics if name.startswith("val/")]
     assert {name: metrics[name] for name in validated} == {name: wanted_metrics[name] for name in validated}
 

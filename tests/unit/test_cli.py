@@ -1,6 +1,8 @@
 """The command line: verbs, flags over file over defaults, one message for all mistakes, exit codes."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -312,10 +314,15 @@ def test_an_error_of_ours_is_its_message_and_its_code(
     assert capsys.readouterr() == ("", "error: why\n")
 
 
-def test_control_c_ends_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    job_that_raises(monkeypatch, KeyboardInterrupt())
-    assert main(["demo"]) == 130
-    assert capsys.readouterr() == ("", "interrupted\n")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_command_with_its_code_and_a_line(
+    number: signal.Signals, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = ModuleType("eagle3_ray.jobs.demo")
+    job.run = lambda settings: os.kill(os.getpid(), number)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "eagle3_ray.jobs.demo", job)
+    assert main(["demo"]) == code
+    assert capsys.readouterr() == ("", f"stopped by {number.name}\n")
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

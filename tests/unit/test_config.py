@@ -23,6 +23,7 @@ from eagle3_ray.config import (
 from eagle3_ray.errors import UsageError
 from eagle3_ray.schema import Settings, alternatives_of
 from eagle3_ray.settings_file import dump_settings, read_settings_file, write_run_yaml
+from eagle3_ray.storage import ObjectPath
 
 TRAIN: dict[str, Any] = {"verifier_name_or_path": "verifier"}
 SMALLEST: dict[str, dict[str, Any]] = {
@@ -166,9 +167,28 @@ def test_a_home_folder_is_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert TrainSettings.model_validate({**TRAIN, "save_path": "~/run"}).save_path == Path("/home/someone/run")
 
 
-def test_a_url_is_no_path() -> None:
-    # Path("s3://bucket/run") would be a local folder "s3:".
-    assert "is a URL" in problems_of(TrainSettings, **TRAIN, save_path="s3://bucket/run")
+def test_paths_may_lie_on_an_object_store_and_travel_through_a_file() -> None:
+    train = TrainSettings.model_validate({**TRAIN, "save_path": "s3://bucket/run/", "data_path": "gs://bucket"})
+    assert (train.save_path, train.data_path) == (ObjectPath("s3://bucket/run"), ObjectPath("gs://bucket"))
+    values = train.model_dump(mode="json")
+    assert (values["save_path"], values["data_path"]) == ("s3://bucket/run", "gs://bucket")
+    assert TrainSettings.model_validate(values) == train
+
+
+@pytest.mark.parametrize(
+    ("field", "url", "problem"),
+    [
+        # Path("s3://bucket/run") would be a local folder "s3:".
+        ("log_dir", "s3://bucket/logs", "is a URL; a path of this machine, or of a mount, is needed here"),
+        ("data_path", "https://host/data", "is a URL of a kind that is not known; expected s3:// or gs://"),
+        ("data_path", "s3://", "expected s3://bucket/key"),
+        ("data_path", "s3://bucket//a", "expected s3://bucket/key"),
+        ("save_path", "s3://bucket", "expected a folder in the bucket, such as s3://bucket/run"),
+        ("data_path", 5, "must be a path"),
+    ],
+)
+def test_a_url_that_cannot_be_meant_is_refused(field: str, url: object, problem: str) -> None:
+    assert problem in problems_of(TrainSettings, **{**TRAIN, field: url})
 
 
 def test_an_empty_path_is_refused() -> None:
@@ -244,7 +264,7 @@ def test_defaults_survive_yaml(verb: str, tmp_path: Path) -> None:
 
 def any_value(annotation: Any) -> st.SearchStrategy[Any]:
     """Values of a field's type, in ranges that every field of the schema allows."""
-    (kind,) = alternatives_of(annotation)
+    kind = alternatives_of(annotation)[-1]
     words = st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="~/:,\0"), min_size=1, max_size=9)
     if get_origin(kind) is Literal:
         values: st.SearchStrategy[Any] = st.sampled_from(get_args(kind))
@@ -252,6 +272,8 @@ def any_value(annotation: Any) -> st.SearchStrategy[Any]:
         values = st.sets(st.integers(0, 100), min_size=1).map(lambda ids: tuple(sorted(ids)))
     elif kind is Path:
         values = words.map(Path)
+    elif kind is ObjectPath:
+        values = words.map(Path) | words.map(lambda word: ObjectPath(f"s3://bucket/{word}"))
     else:
         values = {
             bool: st.booleans(),

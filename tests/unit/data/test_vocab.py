@@ -3,7 +3,6 @@
 import pickle
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 from eagle3_ray.data import vocab as vocab_module
 from eagle3_ray.data.vocab import choose_vocab, read_mapping, read_token_freq, write_mapping, write_token_freq
 from eagle3_ray.errors import DataError, VocabMappingError
+from eagle3_ray.storage import write_atomically
 
 torch.set_num_threads(1)
 
@@ -196,15 +196,15 @@ def test_failed_write_leaves_the_old_files_whole(tmp_path: Path, monkeypatch: py
     paths = str(tmp_path / "d2t.npy"), str(tmp_path / "t2d.npy")
     write_mapping(choose_vocab(COUNTS, 3), *paths)
     before = [Path(path).read_bytes() for path in paths]
-    save, calls = np.save, []
+    written = []
 
-    def save_until_the_disk_is_full(file: Any, array: Any) -> None:
-        calls.append(array)
-        if len(calls) == 2:
+    def write_until_the_disk_is_full(path: Path, content: bytes) -> None:
+        written.append(path)
+        if len(written) == 2:
             raise OSError(28, "No space left on device")
-        save(file, array)
+        write_atomically(path, content)
 
-    monkeypatch.setattr(vocab_module.np, "save", save_until_the_disk_is_full)
+    monkeypatch.setattr(vocab_module, "write_atomically", write_until_the_disk_is_full)
     text = _error_of(write_mapping, choose_vocab(COUNTS, 4), *paths)
     assert text == f"{paths[0]}, {paths[1]}: cannot be written (No space left on device). Choose a folder that can be."
     assert [Path(path).read_bytes() for path in paths] == before

@@ -43,6 +43,17 @@ def test_too_few_gpus_are_told_with_both_ways_out(monkeypatch: pytest.MonkeyPatc
     )
 
 
+def test_gpus_asked_for_where_there_are_none_are_told_with_what_shows_them_to_a_container(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _pretend(monkeypatch, (8, 0))
+    assert _refusal(2, True) == (
+        "2 workers would take 3 CPUs (1 each and 1 for the tasks that feed them) and 2 GPUs (1 each); the cluster has "
+        "8 CPUs and 0 GPUs on 1 node. Pass --no-use-gpu, or add nodes to the cluster. A container sees GPUs only with "
+        "`docker run --gpus all`, and a pod with a limit on nvidia.com/gpu."
+    )
+
+
 def test_a_cluster_that_holds_no_worker_at_all_can_only_grow(monkeypatch: pytest.MonkeyPatch) -> None:
     _pretend(monkeypatch, (1, 0))
     assert _refusal(1, False).endswith("has 1 CPU and 0 GPUs on 1 node. Add nodes to the cluster.")

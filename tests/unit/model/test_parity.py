@@ -16,7 +16,7 @@ from eagle3_ray.model.draft import Eagle3Draft
 from eagle3_ray.model.layout import build_layout
 from eagle3_ray.model.loss import TargetHead
 from eagle3_ray.model.verifier import load_verifier_tensors, read_verifier_config
-from eagle3_ray.training.step import StepSettings, position_weights, prepare_inputs, train_step
+from eagle3_ray.training.step import StepSettings, agree_on_step, prepare_inputs, train_step
 
 PARITY = Path(__file__).parents[2] / "parity" / "small"
 EXPECTED = json.loads((PARITY / "expected.json").read_text())
@@ -71,7 +71,7 @@ def test_losses_counts_and_gradient_norms_equal_the_recorded_ones(case: str) -> 
     expected = EXPECTED["cases"][case]
     draft, packed, settings = load_draft(case), load_packed_bin(), step_settings(expected["case"])
     layout = build_layout(packed.document_ids, packed.loss_mask, packed.num_tokens, settings.num_ttt_steps)
-    weights = position_weights([layout], settings)
+    weights, _ = agree_on_step([layout], settings, wants_stop=False)
     loss, sums = draft(prepare_inputs(packed, layout, settings), load_target_head(), weights)
     loss.backward()
     loss_sum, count, _, prefix_right, _, _ = sums
@@ -94,7 +94,7 @@ def test_five_adamw_steps_equal_the_recorded_ones(case: str) -> None:
     decay = settings.loss_decay ** np.arange(settings.num_ttt_steps)
     found = []
     for _ in range(5):
-        sums, grad_norm = train_step(draft, optimizer, load_target_head(), [packed], 0, settings)
+        sums, grad_norm, _ = train_step(draft, optimizer, load_target_head(), [packed], 0, settings)
         found.append([float((sums[0] / sums[1]).numpy() @ decay), grad_norm])
     np.testing.assert_allclose(found, expected["adamw_5_steps_loss_gradnorm"], rtol=1e-4)
 
@@ -106,6 +106,6 @@ def test_padding_is_never_computed_and_changes_nothing() -> None:
     dirty = packed.aux_states.clone()
     dirty[packed.num_tokens :] = torch.nan
     layout = build_layout(packed.document_ids, packed.loss_mask, packed.num_tokens, settings.num_ttt_steps)
-    weights = position_weights([layout], settings)
+    weights, _ = agree_on_step([layout], settings, wants_stop=False)
     inputs = prepare_inputs(replace(packed, aux_states=dirty), layout, settings)
     assert draft(inputs, load_target_head(), weights).loss.item() == pytest.approx(expected["loss"], rel=1e-4)

@@ -12,8 +12,9 @@ from ray.train.v2._internal.exceptions import (
     WorkerHealthCheckFailedError,
     WorkerHealthCheckTimeoutError,
 )
+from ray.train.v2.api.preemption import PreemptionInfo
 
-from eagle3_ray.errors import ClusterError, SampleFormatError
+from eagle3_ray.errors import ClusterError, SampleFormatError, on_top
 from eagle3_ray.jobs.failures import raise_cause
 
 TEXT = "data_1.pt: aux state 1 has NaN"
@@ -81,15 +82,51 @@ def test_of_several_ranks_the_first_is_shown() -> None:
         ray.train.ControllerError(WorkerGroupStartupTimeoutError(4)),
         ray.train.ControllerError(ActorDiedError()),
         ActorDiedError(),
+        ray.train.PreemptionError(PreemptionInfo(deadline_ms=0, preempted_node_to_ranks={"node": [1]})),
     ],
-    ids=range(6),
+    ids=range(7),
 )
 def test_a_lost_worker_is_a_cluster_error_that_says_how_to_go_on(error: BaseException) -> None:
+    with pytest.raises(ClusterError, match=r"a worker was lost: (?s:.)+Type the same command .+ stored\.$"):
+        raise_cause(error)  # of a verb that restarts nothing
     with pytest.raises(
-        ClusterError, match=r"a worker was lost: (?s:.)+Type the same command.+--max-failures"
+        ClusterError, match=r"a worker was lost: (?s:.)+Type the same command .+ stored, or set --max-failures"
     ) as caught:
-        raise_cause(error)
+        raise_cause(error, "--max-failures")
     assert caught.value.exit_code == 5 and caught.value.__cause__ is error
+
+
+def fail_behind_another_error() -> None:
+    try:
+        raise ours()
+    except SampleFormatError as error:
+        raise RuntimeError("the reader gave up") from error
+
+
+def fail_while_tidying_up() -> None:
+    try:
+        raise ours()
+    finally:
+        raise RuntimeError("and then the disk was full")
+
+
+@pytest.mark.parametrize("fail", [fail_behind_another_error, fail_while_tidying_up])
+def test_our_error_behind_another_one_crosses_processes(fail: Callable[[], None]) -> None:
+    with pytest.raises(RuntimeError) as caught:
+        fail()
+    sent = cloudpickle.loads(cloudpickle.dumps(caught.value))
+    assert sent.__cause__ is None and sent.__context__ is None  # or there would be nothing to do
+    with pytest.raises(SampleFormatError) as ours_caught:
+        on_top()(fail)()
+    assert str(cloudpickle.loads(cloudpickle.dumps(ours_caught.value))) == TEXT
+
+
+def test_an_error_without_ours_behind_it_is_left_alone() -> None:
+    def fail() -> None:
+        raise KeyError("bug")
+
+    with pytest.raises(KeyError):
+        on_top()(fail)()
 
 
 @pytest.mark.parametrize(

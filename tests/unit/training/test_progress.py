@@ -1,21 +1,23 @@
 """What the driver shows: a bar on a terminal, a line a checkpoint anywhere, and their words."""
 
 import io
+import json
 import queue
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
 import ray
 
+from eagle3_ray import console
 from eagle3_ray.training import progress
+from eagle3_ray.training.channel import Channel
 from eagle3_ray.training.progress import (
+    LINE_EVERY_S,
     Note,
     ProgressBoard,
-    ProgressSender,
     StepProgress,
     describe_epoch,
     describe_progress,
@@ -34,28 +36,15 @@ METRICS = {
 }
 
 
-@dataclass(frozen=True)
-class FakeMethod:
-    """An actor's method that runs at once."""
+class FakeChannel:
+    """The channel as far as the board uses it, without Ray."""
 
-    function: Callable[[Any], None]
+    def __init__(self) -> None:
+        items: queue.Queue[Any] = queue.Queue()
+        self.tell, self.take, self.is_closed = items.put, items.get, False
 
-    def remote(self, item: object) -> None:
-        self.function(item)
-
-
-class FakeQueue:
-    """Ray's queue as far as the board uses it, without Ray."""
-
-    def __init__(self, actor_options: dict[str, Any]) -> None:
-        assert actor_options == {"num_cpus": 0}  # it must fit beside workers that take every CPU
-        self._items: queue.Queue[Any] = queue.Queue()
-        self.get, self.put = self._items.get, self._items.put
-        self.actor, self.put_nowait, self.is_shut_down = self, FakeMethod(self._items.put), False
-
-    def shutdown(self, force: bool) -> None:
-        assert force
-        self.is_shut_down = True
+    def close(self) -> None:
+        self.is_closed = True
 
 
 class Stream(io.StringIO):
@@ -73,19 +62,19 @@ def show(monkeypatch: pytest.MonkeyPatch, is_terminal: bool, *items: StepProgres
     """What stdout and stderr show of these items."""
     stdout, stderr = Stream(is_terminal), Stream(is_terminal)
     with monkeypatch.context() as patched:
-        patched.setattr(progress, "Queue", FakeQueue)
+        patched.setattr(progress, "open_channel", FakeChannel)
         patched.setattr(sys, "stdout", stdout)
         patched.setattr(sys, "stderr", stderr)
         with ProgressBoard() as board:
             for item in items:
-                board.sender.send(item)
-        shown: Any = board.sender.queue
-        assert shown.is_shut_down
+                board.channel.tell(item)
+        channel: Any = board.channel
+        assert channel.is_closed
     return stdout.getvalue(), stderr.getvalue()
 
 
 def of_step(epoch: int, step_of_epoch: int) -> StepProgress:
-    return StepProgress(epoch, step_of_epoch, 40, METRICS)
+    return StepProgress(epoch, 2, 40 * epoch + step_of_epoch, step_of_epoch, 40, METRICS)
 
 
 STEPS = (of_step(0, 10), of_step(0, 40), of_step(1, 10))
@@ -111,10 +100,46 @@ def test_a_worker_that_was_restarted_sets_the_bar_back(monkeypatch: pytest.Monke
     assert "30/40" in drawn[-2] and "20/40" in drawn[-1]
 
 
-def test_elsewhere_there_is_a_line_a_note_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    notes = Note("epoch 1/2  saved /run/0"), Note("epoch 2/2  saved /run/1")
-    stdout, stderr = show(monkeypatch, False, *STEPS[:2], notes[0], STEPS[2], notes[1])
-    assert stdout == "epoch 1/2  saved /run/0\nepoch 2/2  saved /run/1\n"
+FIRST_LINE = "epoch 1/2  step 10  10/40 of the epoch  loss 3.142, 1.23 tokens/verification, 12,346 tokens/s"
+NOTES = Note("epoch 1/2  saved /run/0", "checkpoint", {"step": 40, "path": "/run/0"}), Note("epoch 2/2  saved /run/1")
+
+
+def test_elsewhere_there_is_a_line_at_the_first_step_and_each_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    stdout, stderr = show(monkeypatch, False, *STEPS[:2], NOTES[0], STEPS[2], NOTES[1])
+    assert stdout == f"{FIRST_LINE}\nepoch 1/2  saved /run/0\nepoch 2/2  saved /run/1\n"
+    assert stderr == ""
+
+
+class Clock:
+    """Stands in for the module `time`: each look at it is so many seconds later."""
+
+    def __init__(self, seconds: float) -> None:
+        self._now, self._seconds = 1000.0, seconds
+
+    def monotonic(self) -> float:
+        self._now += self._seconds
+        return self._now
+
+
+def test_elsewhere_steps_are_told_by_time_not_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "time", Clock(LINE_EVERY_S / 4))
+    stdout, stderr = show(monkeypatch, False, *(of_step(0, number) for number in range(1, 10)))
+    assert [line.split("  ")[1] for line in stdout.splitlines()] == ["step 1", "step 5", "step 9"]
+    assert "\r" not in stdout and stderr == ""
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_in_json_each_line_is_an_object_with_what_belongs_to_it(
+    monkeypatch: pytest.MonkeyPatch, is_terminal: bool
+) -> None:
+    monkeypatch.setattr(console, "_log_format", "json")
+    stdout, stderr = show(monkeypatch, is_terminal, *STEPS[:2], NOTES[0])
+    step, note = [json.loads(line) for line in stdout.splitlines()]
+    assert datetime.fromisoformat(step.pop("time")).utcoffset() == timedelta(0) and note.pop("time").endswith("Z")
+    fields = {"step": 10, "epoch": 1, "metrics": METRICS}
+    assert step == {"level": "info", "event": "progress", "message": FIRST_LINE, **fields}
+    text = "epoch 1/2  saved /run/0"
+    assert note == {"level": "info", "event": "checkpoint", "message": text, "step": 40, "path": "/run/0"}
     assert stderr == ""
 
 
@@ -124,24 +149,24 @@ def test_notes_stand_on_lines_of_their_own_above_a_bar(monkeypatch: pytest.Monke
 
 
 @ray.remote
-def tell(sender: ProgressSender, item: StepProgress | Note) -> None:
+def tell(channel: Channel, items: list[StepProgress | Note]) -> None:
     """What rank 0 does, in a process of its own."""
-    sender.send(item)
+    for item in items:
+        channel.tell(item)
 
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_what_a_ray_worker_tells_is_shown_by_the_driver(capfd: pytest.CaptureFixture[str]) -> None:
+    lines = [f"line {number}" for number in range(200)]
     shown, deadline = "", time.monotonic() + 60
     with ProgressBoard() as board:
-        for number in range(3):
-            ray.get(tell.remote(board.sender, of_step(0, number + 1)))
-            ray.get(tell.remote(board.sender, Note(f"line {number}")))
-            # Telling does not wait: the line may still be on its way.
-            while f"line {number}\n" not in shown:
-                assert time.monotonic() < deadline, shown
-                time.sleep(0.01)
-                shown += capfd.readouterr().out
-    assert shown == "line 0\nline 1\nline 2\n"
+        ray.get(tell.remote(board.channel, [of_step(0, 10), *map(Note, lines)]))
+        # Telling does not wait: the lines may still be on their way.
+        while lines[-1] not in shown:
+            assert time.monotonic() < deadline, shown
+            time.sleep(0.01)
+            shown += capfd.readouterr().out
+    assert shown.splitlines() == [FIRST_LINE, *lines]  # all of them, in the order they were told in
 
 
 # --------------------------------------------------------------------------------------- the words

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from eagle3_ray import storage
 from eagle3_ray.errors import CheckpointError
-from eagle3_ray.training import run_folder
+from eagle3_ray.storage import write_atomically
 from eagle3_ray.training.run_folder import (
     BEST,
     COMMITTED,
@@ -29,7 +30,6 @@ from eagle3_ray.training.run_folder import (
     remove_run,
     set_aside_broken_snapshot,
     step_folder,
-    write_atomically,
 )
 
 IDENTITY = {"seed": 0, "plan": "abc", "draft": {"norm_output": False, "layer": {"hidden_size": 64}}}
@@ -182,7 +182,7 @@ def test_best_exists_at_every_moment_of_its_replacement(tmp_path: Path, monkeypa
         raise InterruptedError
 
     with monkeypatch.context() as patched:
-        patched.setattr(run_folder.os, "replace", replace)
+        patched.setattr(storage.os, "replace", replace)
         with pytest.raises(InterruptedError):
             point_best(tmp_path)
     assert seen == [("1", "0")] and os.readlink(tmp_path / BEST) == "0"
@@ -279,7 +279,7 @@ def test_a_file_is_old_or_whole_when_writing_breaks_off(tmp_path: Path, monkeypa
         raise InterruptedError
 
     with monkeypatch.context() as patched:
-        patched.setattr(run_folder.os, "fsync", interrupt)
+        patched.setattr(storage.os, "fsync", interrupt)
         with pytest.raises(InterruptedError):
             write_atomically(path, "new")
     assert path.read_text() == "old"

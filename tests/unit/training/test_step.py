@@ -35,7 +35,7 @@ def train_dealt_out(case: str, num_steps: int, noise_std: float) -> tuple[list[l
     losses = []
     for step in range(num_steps):
         set_learning_rate(optimizer, 1e-3)
-        sums, _ = train_step(draft, optimizer, target_head, rows[rank::world_size], step, settings)
+        sums = train_step(draft, optimizer, target_head, rows[rank::world_size], step, settings).sums
         sums = sum_over_ranks(sums)
         losses.append((sums[0] / sums[1]).tolist())
     return losses, gather_weights(draft, torch.float32)
@@ -76,7 +76,7 @@ def train_golden(num_steps: int) -> list[float]:
     losses = []
     for step in range(num_steps):
         set_learning_rate(optimizer, learning_rate(step, num_steps, warmup_steps(num_steps, 0.1), 2e-3))
-        sums, _ = train_step(draft, optimizer, target_head, load_bins(), step // 5, settings)
+        sums = train_step(draft, optimizer, target_head, load_bins(), step // 5, settings).sums
         losses.append(float((sums[0] / sums[1]).sum()))
     return losses
 
@@ -132,7 +132,7 @@ def weights_after_a_bad_bin() -> tuple[str, bool, float]:
     except NonFiniteError as error:
         text = str(error)
     after = gather_weights(draft, torch.float32)
-    _, norm = train_step(draft, optimizer, load_target_head(), [good], 0, step_settings())
+    norm = train_step(draft, optimizer, load_target_head(), [good], 0, step_settings()).grad_norm
     return text, all(torch.equal(before[name], after[name]) for name in before), norm
 
 
@@ -152,7 +152,7 @@ def train_in_bf16() -> tuple[float, float, set[torch.dtype], bool]:
     losses = []
     for _ in range(6):
         set_learning_rate(optimizer, 1e-3)
-        sums, _ = train_step(draft, optimizer, head, load_bins(), 0, settings)
+        sums = train_step(draft, optimizer, head, load_bins(), 0, settings).sums
         losses.append(float((sums[0] / sums[1]).sum()))
     weights = gather_weights(draft, torch.float32)
     moved = not torch.all(weights["norm.weight"] == 1)

@@ -1,0 +1,115 @@
+"""The run that `train` has decided, carried out by a TorchTrainer, and stopped by a signal with its state saved."""
+
+import concurrent.futures
+import functools
+import signal
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import ray.data
+import ray.train
+from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from eagle3_ray.console import say
+from eagle3_ray.data.pipeline import bin_execution_options, build_bin_dataset
+from eagle3_ray.jobs.cluster import WorkerRequest
+from eagle3_ray.jobs.failures import raise_cause
+from eagle3_ray.stopping import Stopped, deferred_stop
+from eagle3_ray.storage import ObjectPath
+from eagle3_ray.training.job import TrainJob
+from eagle3_ray.training.loop import run_rank
+from eagle3_ray.training.run_folder import latest_committed
+
+SIGNAL_POLL_S = 0.2
+
+
+def fit(job: TrainJob, workers: WorkerRequest) -> signal.Signals | None:
+    """Run the job on the cluster.
+
+    Returns:
+        The signal that came meanwhile, if any: then the ranks have saved and stopped after the step they were in.
+
+    Raises:
+        Eagle3RayError: What a worker raised on purpose, or `ClusterError` for a worker that was lost.
+        Stopped: By a signal before the first step, or by a second one.
+    """
+    datasets: dict[str, Any] = {"train": functools.partial(build_train_stream, job)}
+    if job.validation_source is not None:
+        datasets["validation"] = functools.partial(build_validation_stream, job)
+    trainer = TorchTrainer(
+        functools.partial(run_rank, job),
+        scaling_config=ScalingConfig(
+            num_workers=workers.num_workers,
+            use_gpu=workers.use_gpu,
+            resources_per_worker={"CPU": workers.cpus_per_worker, **({"GPU": 1} if workers.use_gpu else {})},
+        ),
+        run_config=RunConfig(
+            name=job.save_dir.name,
+            storage_path=job.save_dir.parent.key if isinstance(job.save_dir, ObjectPath) else str(job.save_dir.parent),
+            storage_filesystem=job.save_dir.filesystem if isinstance(job.save_dir, ObjectPath) else None,
+            failure_config=FailureConfig(max_failures=job.settings.max_failures),
+        ),
+        datasets=datasets,
+        dataset_config=DataConfig(execution_options=bin_execution_options()),
+    )
+    try:
+        return run_until_told_to_stop(trainer.fit, job.channel.order_stop)
+    except ray.train.TrainingFailedError as error:
+        raise_cause(error, restart_flag="--max-failures")
+
+
+def run_until_told_to_stop(work: Callable[[], object], order_stop: Callable[[], bool]) -> signal.Signals | None:
+    """Do work in a thread of its own, so that the main thread is free for signals, and wait for it.
+
+    Ray Train would take SIGINT for itself in the main thread, and end the run without saving.
+
+    Args:
+        work: What to do; its errors are raised here.
+        order_stop: Called at the first signal; True if the work will end by itself because of it.
+
+    Returns:
+        The signal that came meanwhile, if any.
+
+    Raises:
+        Stopped: By a signal that `order_stop` could not pass on, or by a second one. The work is abandoned.
+    """
+    outcome: concurrent.futures.Future[object] = concurrent.futures.Future()
+    is_ordered = False
+    with deferred_stop() as received:
+        threading.Thread(target=_do, args=(work, outcome), name="work", daemon=True).start()
+        while not outcome.done():
+            concurrent.futures.wait([outcome], timeout=SIGNAL_POLL_S)
+            number = received()
+            if number is not None and not is_ordered and not outcome.done():
+                if not order_stop():
+                    raise Stopped(number)
+                is_ordered = True
+                say(f"{number.name}: saving after this step; a second signal stops at once", "stopping")
+        outcome.result()
+        return received()
+
+
+def _do(work: Callable[[], object], outcome: "concurrent.futures.Future[object]") -> None:
+    # Whatever goes wrong in this thread belongs to the main one, which waits for it.
+    try:
+        outcome.set_result(work())
+    except BaseException as error:  # noqa: BLE001
+        outcome.set_exception(error)
+
+
+def build_train_stream(job: TrainJob) -> ray.data.Dataset:
+    """Stream from the newest whole checkpoint on. Ray calls this anew at every start of the workers."""
+    checkpoint = latest_committed(job.save_dir)
+    start = 0 if checkpoint is None else checkpoint.step
+    # A restart after the last checkpoint was committed has nothing left to read, but Ray wants a dataset.
+    end = max(job.stop_step, start + 1)
+    return build_bin_dataset(job.train_source, job.schedule, start, end, job.settings.pack_in)
+
+
+def build_validation_stream(job: TrainJob) -> ray.data.Dataset:
+    """Stream every validation bin once a pass."""
+    assert job.validation_source is not None and job.validation_schedule is not None
+    steps = job.validation_schedule.steps_per_epoch
+    return build_bin_dataset(job.validation_source, job.validation_schedule, 0, steps, job.settings.pack_in)

@@ -1,0 +1,24 @@
+#!/bin/bash
+# Before Kubernetes stops a pod (preStop). On the head: asks the driver to save and waits until it has. On a worker:
+# waits until its ranks have, because `ray start` ends them at once. terminationGracePeriodSeconds bounds both.
+
+# processes ARGUMENT PATTERN: the ids of processes whose ARGUMENT-th word matches the pattern.
+processes() {
+    local folder words
+    for folder in /proc/[0-9]*; do
+        words=()
+        mapfile -d '' -t words 2>/dev/null < "$folder/cmdline"
+        # shellcheck disable=SC2053  # a pattern on purpose
+        [[ ${words[$1]} == $2 ]] && echo "${folder#/proc/}"
+    done
+}
+
+drivers() { processes 1 '*/eagle3-ray'; }
+ranks() { processes 0 'ray::RayTrainWorker*'; }
+
+# SIGTERM and not `ray job stop`: a stopped RayJob counts as complete, one that failed is tried again and goes on.
+# shellcheck disable=SC2046  # one word a process
+kill -TERM $(drivers) 2>/dev/null
+while [[ -n $(drivers; ranks) ]]; do
+    sleep 1
+done
