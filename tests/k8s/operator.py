@@ -6,6 +6,7 @@ timing, labels.
 """
 
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,7 +76,7 @@ def _flags(group: PodGroup, params: dict[str, str]) -> str:
     """Return `ray start`'s flags: what the manifest says, and what the operator fills in from the limits."""
     filled = {"metrics-export-port": str(METRICS_PORT), "dashboard-agent-listen-port": str(AGENT_PORT), **params}
     filled["block"] = "true"
-    filled.setdefault("num-cpus", str(-(-group.amount("cpu") // 1).__int__()))
+    filled.setdefault("num-cpus", str(math.ceil(group.amount("cpu"))))
     filled.setdefault("memory", str(int(group.amount("memory"))))
     if group.amount("nvidia.com/gpu"):
         filled.setdefault("num-gpus", str(int(group.amount("nvidia.com/gpu"))))
@@ -103,12 +104,9 @@ def _environment(group: PodGroup, head: str, token: str) -> dict[str, str]:
 def submission(job: Manifest) -> dict[str, Any]:
     """Return the body that HTTPMode posts to /api/jobs/, with the header `x-ray-authorization: Bearer TOKEN`."""
     spec = job["spec"]
-    return {"entrypoint": spec["entrypoint"], "submission_id": spec["jobId"], **_optional(spec)}
-
-
-def _optional(spec: dict[str, Any]) -> dict[str, Any]:
-    names = {"metadata": "metadata", "entrypointNumCpus": "entrypoint_num_cpus"}
-    return {ours: spec[theirs] for theirs, ours in names.items() if theirs in spec}
+    assert not {"runtimeEnvYAML", "entrypointNumCpus", "entrypointResources"} & spec.keys(), "not written down here"
+    body = {"entrypoint": spec["entrypoint"], "submission_id": spec["jobId"]}
+    return body | ({"metadata": spec["metadata"]} if "metadata" in spec else {})
 
 
 def submitter_command(job: Manifest, job_id: str, dashboard: str, token: str) -> Command:

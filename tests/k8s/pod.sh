@@ -13,6 +13,9 @@ as_user=(setpriv --reuid 1000 --regid 1000 --clear-groups --inh-caps=-all --boun
 start() {
     local name=$1 address=$2 mounts=$3
     shift 3
+    if [[ -e /run/netns/$name ]]; then  # the container ended and starts again, or the next one of the pod
+        ip netns delete "$name"
+    fi
     ip netns add "$name"
     ip link add "v$name" type veth peer name eth0 netns "$name"
     ip link set "v$name" master pods up

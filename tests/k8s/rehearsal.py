@@ -11,11 +11,11 @@ import secrets
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +31,34 @@ SAMPLES = [90, 120, 70, 110, 100, 80] * 8
 SHAPE = {"hidden_size": 64, "vocab_size": 320}
 # Programs and libraries, for which an image would stand.
 MACHINE = ["/usr", "/bin", "/sbin", "/lib", "/lib64", "/sys", "/etc/ld.so.cache", "/etc/alternatives", "/etc/ssl"]
-TIMEOUT_S = 180.0
+TIMEOUT_S = 600.0
+ALL_WORDS = r"cat /proc/[0-9]*/cmdline | tr '\0' '\n'"
+SUPERVISORS = "$(grep -lz '^ray::.*JobSupervisor' /proc/[0-9]*/cmdline | sed 's/cmdline/environ/')"
+CPUS_OF_NODES = """
+import ray
+ray.init(log_to_driver=False)
+print(sorted(node["Resources"].get("CPU", 0) for node in ray.nodes()))
+"""
 
 
-@dataclass
 class Pod:
-    """A running pod of one group."""
+    """A pod of one group, its container started again when it ends, as the kubelet does."""
 
-    process: subprocess.Popen[bytes]
-    environment: dict[str, str]
+    def __init__(self, words: list[str], environment: dict[str, str], log: Path) -> None:
+        self._words, self._log = words, log
+        self.environment = environment
+        self.is_restarted = True
+        self.process = self._start()
+        threading.Thread(target=self._keep_running, daemon=True).start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        with self._log.open("ab") as log:
+            return subprocess.Popen(self._words, env=self.environment, stdout=log, stderr=subprocess.STDOUT)
+
+    def _keep_running(self) -> None:
+        # Ray's services give up after 30 s on a machine that is busy; on a cluster it is no different.
+        while self.process.wait() and self.is_restarted:
+            self.process = self._start()
 
     def run(self, *words: str, timeout_s: float = TIMEOUT_S) -> subprocess.CompletedProcess[str]:
         """Run another command in it, as `kubectl exec` does."""
@@ -53,13 +72,7 @@ class Pod:
         )
 
     def is_healthy(self) -> bool:
-        """Probe it as the kubelet does.
-
-        Raises:
-            RuntimeError: Its first process has ended.
-        """
-        if self.process.poll() is not None:
-            raise RuntimeError(f"the pod at {self.environment['POD_IP']} ended: {self.process.returncode}")
+        """Probe it as the kubelet does: without a token."""
         return self.get(operator.HEALTH_PATH, operator.AGENT_PORT, None)[0] == 200
 
     def get(self, path: str, port: int, token: str | None, body: Any = None) -> tuple[int, str]:
@@ -92,6 +105,7 @@ class Rehearsal:
         for file, text in of_kind(self.manifests, "ConfigMap")[0]["data"].items():
             (folder / "settings" / file).write_text(text)
         write_samples(folder / "data" / "samples", SAMPLES, **SHAPE)
+        (folder / "data" / "samples").chmod(0o777)  # fsGroup makes claims writable
         shutil.copytree(VERIFIER, folder / "data" / "demo" / "verifier")
 
     def job(self, name: str) -> Manifest:
@@ -109,14 +123,8 @@ class Rehearsal:
             **{"PYTHONPATH": str(REPOSITORY), "PYTHONDONTWRITEBYTECODE": "1", "HF_HOME": "/cache/huggingface"},
             **{"PYTHONUNBUFFERED": "1", "POD_IP": ADDRESSES[group.name]},
         }
-        log = (self.folder / f"{name}.log").open("wb")
-        process = subprocess.Popen(
-            [POD, "start", name, ADDRESSES[group.name], str(mounts), *command.words],
-            env=environment,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-        return Pod(process, environment)
+        words = [POD, "start", name, ADDRESSES[group.name], str(mounts), *command.words]
+        return Pod(words, environment, self.folder / f"{name}.log")
 
     def _machine(self) -> list[str]:
         venv = Path(sys.executable).parent.parent
@@ -177,11 +185,11 @@ def run(folder: Path) -> dict[str, Any]:
     wait_until("the head is healthy", head.is_healthy)
     waiting = stage.start(worker_group, operator.wait_command(worker_group, ADDRESSES["head"], stage.token), "waiting")
     facts["wait_for_gcs"] = [waiting.process.wait(TIMEOUT_S), (folder / "waiting.log").read_text()]
-    subprocess.run(["ip", "netns", "delete", "waiting"], check=True)
     worker = stage.start(worker_group, operator.worker_command(worker_group, ADDRESSES["head"], stage.token))
     wait_until("the worker is healthy", worker.is_healthy)
     facts["user"] = head.run("id", "-u").stdout.strip()
-    facts["root_is_read_only"] = "Read-only" in head.run("touch", "/workspace/a", "/a").stderr
+    facts["writing_to_the_root"] = head.run("touch", "/workspace/a").stderr
+    facts["cpus"] = head.run("python", "-c", CPUS_OF_NODES).stdout
 
     body = operator.submission(job)
     facts["without_token"] = head.get("/api/jobs/", operator.DASHBOARD_PORT, None, body)
@@ -207,13 +215,15 @@ def stop_while_training(stage: Rehearsal, head: Pod, worker: Pod) -> dict[str, A
     """Train, and stop both pods in the middle as Kubernetes does: preStop first, in both at once."""
     job = stage.job("eagle3-train")
     body = operator.submission(job)
-    body["entrypoint"] += " --epochs 500"
+    body["entrypoint"] += " --epochs 500 --checkpoint-every-steps 2"
     submit(head, stage.token, body)
     try:
         wait_until("a checkpoint", lambda: list((stage.folder / "checkpoints").glob("smoke/*/COMMITTED")))
     except TimeoutError as error:
         log = head.run("ray", "job", "logs", body["submission_id"]).stdout
         raise TimeoutError(f"{error}; {status_of(head, stage.token, body['submission_id'])}: {log}") from error
+    supervisor = head.run("/bin/bash", "-c", f"grep -lz ^RAY_JOB_STOP_WAIT_TIME_S=240 {SUPERVISORS}").stdout
+    head.is_restarted = worker.is_restarted = False
     hooks = [
         subprocess.Popen(
             [POD, "exec", str(pod.process.pid), *group.container["lifecycle"]["preStop"]["exec"]["command"]],
@@ -225,9 +235,9 @@ def stop_while_training(stage: Rehearsal, head: Pod, worker: Pod) -> dict[str, A
     ]
     codes = [hook.wait(TIMEOUT_S) for hook in hooks]
     ended = wait_until("train ends", lambda: _ended(head, stage.token, body["submission_id"]), 30)
-    left = worker.run("/bin/bash", "-c", "cat /proc/[0-9]*/cmdline | tr '\\0' '\\n' | grep -c RayTrainWorker").stdout
+    left = worker.run("/bin/bash", "-c", f"{ALL_WORDS} | grep -c '^ray::RayTrainWorker'").stdout
     log = head.run("ray", "job", "logs", body["submission_id"]).stdout
-    return {"hooks": codes, "status": ended, "ranks_left": int(left), "log": log}
+    return {"supervisor": supervisor, "hooks": codes, "status": ended, "ranks_left": int(left), "log": log}
 
 
 def main() -> None:
