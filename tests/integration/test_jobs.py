@@ -196,6 +196,14 @@ def test_a_job_that_fails_tells_the_commands_exit_code(head: Head, checkout: Pat
     assert error["exit_code"] == 3 and "no .pt files" in error["message"]
 
 
+def test_a_run_folder_that_would_go_with_the_job_is_refused(head: Head, checkout: Path, tmp_path: Path) -> None:
+    command = train_command(tmp_path, Path("checkpoints"))  # relative to the copy that Ray makes
+    head.ray("job", "submit", "--submission-id=relative", "--working-dir=.", "--", *command, cwd=checkout)
+    assert head.get("/api/jobs/relative")["driver_exit_code"] == 2
+    (error,) = events_in(head.logs("relative"), "error")
+    assert error["message"].startswith("error: --save-path /") and "which Ray removes" in error["message"]
+
+
 def test_a_job_that_is_stopped_saves_and_the_same_one_goes_on(
     head: Head, checkout: Path, data: Path, tmp_path: Path
 ) -> None:
