@@ -20,7 +20,10 @@ def use_log_format(log_format: LogFormat) -> None:
     """Speak in this format from now on."""
     global _log_format
     _log_format = log_format
-    sys.excepthook = _tell_bug if log_format == "json" else sys.__excepthook__
+    if speaks_json():
+        sys.excepthook = _tell_bug
+    elif sys.excepthook is _tell_bug:
+        sys.excepthook = sys.__excepthook__
 
 
 def speaks_json() -> bool:

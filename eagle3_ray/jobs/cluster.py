@@ -12,12 +12,14 @@ import ray
 from ray.job_config import JobConfig
 
 from eagle3_ray.console import warn
-from eagle3_ray.errors import ClusterError
+from eagle3_ray.errors import ClusterError, UsageError
 from eagle3_ray.jobs.gcs_probe import check_cluster
 from eagle3_ray.machine import SHARED_MEMORY, free_shared_memory_bytes, usable_cpus
 from eagle3_ray.stopping import Stopped, keep_stop_signals
+from eagle3_ray.storage import StoragePath
 
 CPUS_FOR_TASKS = 1  # beside the workers, for the tasks that feed them: without one, streaming waits for ever
+JOBS_OWN_COPY = "/runtime_resources/working_dir_files/"  # in the temporary folder of the Ray that runs the job
 RAY_INIT_ERRORS = (OSError, RuntimeError, ValueError)  # OSError holds ConnectionError and TimeoutError
 
 
@@ -132,6 +134,19 @@ def _stop_told_by_ray() -> Iterator[None]:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0].rstrip(".") or type(error).__name__
+
+
+def check_outlives_job(path: StoragePath, flag: str) -> None:
+    """Refuse to write into the copy of `ray job submit --working-dir`, which is one node's and goes with the job.
+
+    Raises:
+        UsageError: Names the flag.
+    """
+    if JOBS_OWN_COPY in str(path):
+        raise UsageError(
+            f"{flag} {path}: lies in the job's own copy of the working directory, which Ray removes. "
+            "Give an absolute path on storage that all nodes share."
+        )
 
 
 def cluster_resources() -> dict[str, float]:

@@ -43,7 +43,7 @@ from eagle3_ray.generation.output_folder import (
     sample_path,
 )
 from eagle3_ray.generation.work import GenerateJob, Tally, generate_batch, prepare_chunk
-from eagle3_ray.jobs.cluster import WorkerRequest, choose_workers, cluster_resources, ray_session
+from eagle3_ray.jobs.cluster import WorkerRequest, check_outlives_job, choose_workers, cluster_resources, ray_session
 from eagle3_ray.jobs.failures import raise_cause
 from eagle3_ray.machine import usable_cpus
 from eagle3_ray.model.verifier import VerifierInfo, read_verifier_config
@@ -71,6 +71,7 @@ def run(settings: GenerateSettings) -> None:
     # Tasks and actors start in another folder: every path is made absolute once, here.
     paths = {"conversations_path": settings.conversations_path, "output_path": settings.output_path}
     settings = settings.model_copy(update={name: path.resolve() for name, path in paths.items()})
+    check_outlives_job(settings.output_path, "--output-path")
     chunks, conversations_sha256 = index_lines(settings.conversations_path)
     load_tokenizer(verifier.name_or_path, settings.trust_remote_code)  # or say at once that there is none
     with ray_session():

@@ -20,7 +20,7 @@ from eagle3_ray.data.pipeline import BinSource
 from eagle3_ray.data.samples import SampleSpec
 from eagle3_ray.data.vocab import VocabMapping, write_mapping
 from eagle3_ray.errors import DataError
-from eagle3_ray.jobs.cluster import WorkerRequest, check_shared_memory, choose_workers, ray_session
+from eagle3_ray.jobs.cluster import WorkerRequest, check_outlives_job, check_shared_memory, choose_workers, ray_session
 from eagle3_ray.jobs.fit import fit
 from eagle3_ray.jobs.vocab_mapping import resolve_mapping
 from eagle3_ray.model.config import DraftConfig, build_draft_config
@@ -55,6 +55,7 @@ def run(settings: TrainSettings) -> None:
     """
     # Workers change directory: every path is made absolute once, here.
     settings = with_absolute_paths(settings)
+    check_outlives_job(settings.save_path, "--save-path")
     with told_where_to_go_on(settings.save_path):
         verifier = read_verifier_config(settings.verifier_name_or_path)
         with ray_session(job_metadata=describe_job(settings)), ProgressBoard() as board:

@@ -8,6 +8,7 @@ the other ranks.
 """
 
 import asyncio
+import contextlib
 import threading
 from typing import Any
 
@@ -56,6 +57,7 @@ class Channel:
     def __init__(self, actor: Any) -> None:
         self._actor = actor
         self._num_told = 0
+        self._last_told: Any = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Channel, (self._actor,)
@@ -63,8 +65,14 @@ class Channel:
     def tell(self, item: object) -> None:
         """Tell the driver. Never waits, and a driver that is gone is not the run's concern."""
         teller = ray.get_runtime_context().get_worker_id()
-        self._actor.tell.remote(teller, self._num_told, item)
+        self._last_told = self._actor.tell.remote(teller, self._num_told, item)
         self._num_told += 1
+
+    def flush(self) -> None:
+        """Wait until what was told last has arrived: a process that ends takes what is still on its way with it."""
+        if self._last_told is not None:
+            with contextlib.suppress(RayError):
+                ray.get(self._last_told)
 
     def take(self) -> Any:
         """Return the oldest item told; wait for one."""

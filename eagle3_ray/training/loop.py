@@ -58,8 +58,9 @@ def run_rank(job: TrainJob) -> None:
             elif rank.is_stopping or is_due(rank.step, job.settings.checkpoint_every_steps):
                 save(rank, step_folder(rank.step), {})
             if rank.is_stopping:
-                return
+                break
             rank.meter.restart_clock()
+    job.channel.flush()
 
 
 def is_due(step: int, every: int | None) -> bool:

@@ -167,8 +167,12 @@ class Cluster:
         self._containers.call("network", "rm", "--force", self.network)
 
     def _start_node(self, address: str, num_cpus: int, *words: str) -> str:
-        options = (f"--network={self.network}", f"--ip={address}", f"--env=RAY_AUTH_TOKEN={self._token}")
-        options += ("--env=OMP_NUM_THREADS=1",)
+        options = (
+            f"--network={self.network}",
+            f"--ip={address}",
+            f"--env=RAY_AUTH_TOKEN={self._token}",
+            "--env=OMP_NUM_THREADS=1",
+        )
         node = self._containers.start(
             "ray", "start", *words, f"--num-cpus={num_cpus}", OBJECT_STORE, "--block", options=options
         )

@@ -20,7 +20,7 @@ from tests.unit.generation.world import MAX_SEQ_LEN, World
 
 ROOT = Path(__file__).parents[2]
 MANY_STEPS = {"bins_per_step": 1, "epochs": 1}  # one long epoch: a signal lands in its middle
-MANY_EPOCHS = {"bins_per_step": 1, "epochs": 3, "train_frac": 0.012}  # a step an epoch, then a long validation
+MANY_EPOCHS = {"bins_per_step": 1, "epochs": 3, "train_frac": 0.01}  # a step an epoch, then a long validation
 
 pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.slow]
 
@@ -66,8 +66,8 @@ class Command:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with samples for some 220 bins."""
-    return write_samples(tmp_path_factory.mktemp("stop") / "data", [100] * 240, **SHAPE).parent
+    """A folder with samples for a hundred bins to train on."""
+    return write_samples(tmp_path_factory.mktemp("stop") / "data", [100] * 120, **SHAPE).parent
 
 
 def test_a_run_that_is_stopped_in_mid_epoch_goes_on_bit_for_bit(data: Path, tmp_path: Path) -> None:

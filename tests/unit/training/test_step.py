@@ -69,6 +69,26 @@ def test_ranks_that_share_the_bins_equal_one_rank(
         torch.testing.assert_close(weights[name], weight, rtol=1e-4, atol=2e-5, msg=name)
 
 
+def train_while_one_rank_wants_to_stop() -> tuple[list[bool], bool]:
+    """What each of three updates says, the second with an order on the last rank; and are weights as without it?"""
+    rank, last = dist.get_rank(), dist.get_world_size() - 1
+    weights, said = [], []
+    for wants_stop in (True, False):
+        draft, settings, target_head = build_draft(), step_settings(0.05), load_target_head()
+        optimizer = build_optimizer(draft.parameters(), 0.01, CPU)
+        for step in range(3):
+            bins, wants = load_bins()[rank : rank + 1], wants_stop and rank == last and step == 1
+            said.append(train_step(draft, optimizer, target_head, bins, step, settings, wants).is_stopping)
+        weights.append(gather_weights(draft, torch.float32))
+    return said, all(torch.equal(weights[0][name], weight) for name, weight in weights[1].items())
+
+
+def test_one_rank_that_wants_to_stop_stops_all_and_changes_no_update(tmp_path: Path) -> None:
+    said, is_equal = run_on_ranks(2, train_while_one_rank_wants_to_stop, tmp_path)
+    assert said == [False, True, False, False, False, False]  # as rank 0 sees it, which did not want to
+    assert is_equal
+
+
 def train_golden(num_steps: int) -> list[float]:
     """Total loss of each of `num_steps` updates under the real schedule and noise."""
     draft, settings, target_head = build_draft(), step_settings(0.05), load_target_head()
