@@ -5,14 +5,19 @@ import time
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import ray
 from prometheus_client.parser import text_string_to_metric_families
 
 from eagle3_ray.metrics import METRICS, VAL
+from eagle3_ray.training.job import TrainJob
+from eagle3_ray.training.rank import open_rank_loggers
 from eagle3_ray.training.run_folder import COMMITTED, PARTS, RECORD
 from eagle3_ray.training.telemetry import RayGauges, gauge_labels, gauge_name, last_validation
+from tests.integration.test_train import make_settings
 
 
 def test_a_gauge_is_named_by_part_meaning_and_unit() -> None:
@@ -31,19 +36,20 @@ def test_only_numbers_of_single_ttt_steps_carry_the_step_as_a_label() -> None:
     assert numbered == {"loss_{k}", "accuracy_{k}", "cond_acc_{k}"}
 
 
-def read_gauges() -> dict[str, dict[tuple[str, str, str], float]]:
-    """{gauge: {(run, save_path, ttt_step): value}} of all gauges of ours that this node serves."""
+def read_gauges(run: str) -> dict[str, dict[tuple[str, str], float]]:
+    """{gauge: {(save_path, ttt_step): value}} of all gauges of ours that this node serves of runs of this name."""
     (node,) = [node for node in ray.nodes() if node["Alive"]]
     url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
     with urllib.request.urlopen(url, timeout=30) as answer:
         text = answer.read().decode()
-    gauges: dict[str, dict[tuple[str, str, str], float]] = {}
+    gauges: dict[str, dict[tuple[str, str], float]] = {}
     for family in text_string_to_metric_families(text):
         if family.name.startswith("ray_eagle3_"):
             assert family.type == "gauge"
             for sample in family.samples:
-                labels = (sample.labels["run"], sample.labels["save_path"], sample.labels.get("ttt_step", ""))
-                gauges.setdefault(family.name, {})[labels] = sample.value
+                if sample.labels["run"] == run:
+                    labels = (sample.labels["save_path"], sample.labels.get("ttt_step", ""))
+                    gauges.setdefault(family.name, {})[labels] = sample.value
     return gauges
 
 
@@ -64,16 +70,16 @@ def test_a_node_serves_the_last_values_of_each_run_under_its_own_labels(ray_clus
         gauges.log({"val/expected_tokens": number}, 2)
         gauges.close()
     expected = {
-        "ray_eagle3_train_loss_nats": {("run", "/a/run", ""): 1.0, ("run", "/b/run", ""): 2.0},
+        "ray_eagle3_train_loss_nats": {("/a/run", ""): 1.0, ("/b/run", ""): 2.0},
         "ray_eagle3_train_ttt_cond_acc_frac": {
-            ("run", "/a/run", "0"): 0.25,
-            ("run", "/a/run", "10"): 0.125,
-            ("run", "/b/run", "0"): 0.5,
-            ("run", "/b/run", "10"): 0.25,
+            ("/a/run", "0"): 0.25,
+            ("/a/run", "10"): 0.125,
+            ("/b/run", "0"): 0.5,
+            ("/b/run", "10"): 0.25,
         },
-        "ray_eagle3_val_expected_tokens": {("run", "/a/run", ""): 1.0, ("run", "/b/run", ""): 2.0},
+        "ray_eagle3_val_expected_tokens": {("/a/run", ""): 1.0, ("/b/run", ""): 2.0},
     }
-    wait_until(lambda: read_gauges() == expected, f"{expected}, found {read_gauges()}")
+    wait_until(lambda: read_gauges("run") == expected, f"{expected}, found {read_gauges('run')}")
 
 
 def make_checkpoint(path: Path, step: int, metrics: dict[str, float]) -> None:
@@ -90,3 +96,21 @@ def test_a_restarted_run_shows_its_last_validation_though_a_newer_checkpoint_has
     make_checkpoint(tmp_path / "1", 6, {"train/loss": 2.0, "val/loss": 2.5, "val/loss_0": 0.5})
     make_checkpoint(tmp_path / "step-000008", 8, {"train/loss": 1.0})
     assert last_validation(tmp_path) == {f"{VAL}/loss": 2.5, f"{VAL}/loss_0": 0.5}
+
+
+@pytest.mark.slow
+def test_the_first_rank_of_a_restarted_run_exports_that_validation_at_once_and_the_second_nothing(
+    ray_cluster: None, tmp_path: Path
+) -> None:
+    make_checkpoint(tmp_path / "run" / "0", 3, {"train/loss": 3.0, "val/loss": 3.5, "val/loss_0": 1.0})
+    for number, name in ((0, "first"), (1, "second")):
+        job = cast(TrainJob, SimpleNamespace(settings=make_settings(tmp_path, run_name=name)))  # the part that is read
+        open_rank_loggers(job, number, 3).log({"train/loss": 2.0}, 4)
+    save_path = str(tmp_path / "run")
+    expected = {
+        "ray_eagle3_val_loss_nats": {(save_path, ""): 3.5},
+        "ray_eagle3_val_ttt_loss_nats": {(save_path, "0"): 1.0},
+        "ray_eagle3_train_loss_nats": {(save_path, ""): 2.0},
+    }
+    wait_until(lambda: read_gauges("first") == expected, f"{expected}, found {read_gauges('first')}")
+    assert read_gauges("second") == {}
