@@ -38,12 +38,10 @@ class Finished:
     Attributes:
         exit_code: that of its program.
         output: stdout and stderr as they came.
-        took_s: from start to end.
     """
 
     exit_code: int
     output: str = field(repr=False)
-    took_s: float
 
 
 class Containers:
@@ -61,9 +59,7 @@ class Containers:
 
     def run(self, *words: str, options: Sequence[str] = (), timeout_s: float = 120) -> Finished:
         """Run a container to its end."""
-        started = time.monotonic()
-        name = self.start(*words, options=options)
-        return self.wait(name, timeout_s - (time.monotonic() - started))
+        return self.wait(self.start(*words, options=options), timeout_s)
 
     def start(self, *words: str, options: Sequence[str] = ()) -> str:
         """Start a container and return its name."""
@@ -75,12 +71,11 @@ class Containers:
 
     def wait(self, name: str, timeout_s: float) -> Finished:
         """Wait for a container's end and remove it."""
-        started = time.monotonic()
         try:
             exit_code = self.call("wait", name, timeout_s=timeout_s)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still running after {timeout_s:.0f} s:\n{self.logs(name)}") from None
-        finished = Finished(int(exit_code), self.logs(name), time.monotonic() - started)
+        finished = Finished(int(exit_code), self.logs(name))
         self.remove(name)
         return finished
 

