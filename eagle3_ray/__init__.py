@@ -12,6 +12,10 @@ update of the weights, a *ttt_step* one of the guesses in a row that a step trai
     flags.py                the schema as flags, and as the README's tables
     settings_file.py        the schema as YAML: --config and run.yaml
     errors.py               the errors raised on purpose, each with its exit code
+    storage.py              paths that may lie on an object store
+    console.py              what a command tells its user: text, or JSON
+    stopping.py             signals that end a command with its work saved
+    machine.py              what this machine, or its container, has
     metrics.py  loggers.py  what is measured, and where it goes
     data/                   from bytes on disk to bins on a rank
     model/                  EAGLE-3; knows nothing of Ray, files or ranks
