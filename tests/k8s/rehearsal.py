@@ -185,6 +185,8 @@ def run(folder: Path) -> dict[str, Any]:
     wait_until("the head is healthy", head.is_healthy)
     waiting = stage.start(worker_group, operator.wait_command(worker_group, ADDRESSES["head"], stage.token), "waiting")
     facts["wait_for_gcs"] = [waiting.process.wait(TIMEOUT_S), (folder / "waiting.log").read_text()]
+    # The same pod's address: two interfaces that claim it would answer by turns.
+    subprocess.run(["ip", "netns", "delete", "waiting"], check=True)
     worker = stage.start(worker_group, operator.worker_command(worker_group, ADDRESSES["head"], stage.token))
     wait_until("the worker is healthy", worker.is_healthy)
     facts["user"] = head.run("id", "-u").stdout.strip()
