@@ -6,7 +6,7 @@ import pytest
 
 from tests.containers.engine import Containers, committed_steps, last_metrics, wait_until
 
-TRAIN = ("train", "--config", "/data/one/run/run.yaml", "--save-path", "/data/stopped")
+TRAIN = ("train", "--config", "/data/one/run/run.yaml", "--save-path", "/data/stopped", "--log-every-steps", "1")
 STOPPED_BY_SIGTERM = 143
 
 
@@ -14,8 +14,8 @@ STOPPED_BY_SIGTERM = 143
 def test_a_stopped_container_saves_its_step_and_the_next_one_goes_on(containers: Containers, data_dir: Path) -> None:
     run_dir = data_dir / "stopped"
     name = containers.start(*TRAIN)
-    # Written right before the first step; nothing but the stop saves before the epoch's end.
-    wait_until((run_dir / "initial_metrics.json").exists, 300, lambda: containers.logs(name))
+    # The line of the first step; nothing but the stop saves before the epoch's end.
+    wait_until(lambda: " of the epoch" in containers.logs(name), 300, lambda: containers.logs(name))
     containers.call("stop", "--time=120", name, timeout_s=150)
     stopped = containers.wait(name, 10)
     assert stopped.exit_code == STOPPED_BY_SIGTERM, stopped.output

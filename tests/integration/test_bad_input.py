@@ -134,7 +134,11 @@ BAD: dict[str, tuple[Callable[[Path], object], int, tuple[str, ...]]] = {
     "no verifier": (lambda f: shutil.rmtree(f / "verifier"), 3, ("verifier",)),
     "damaged checkpoint": (write_half_checkpoint_and_mark_it, 4, ("run/4: committed, but", "is gone")),
     "best is no link": (lambda f: (f / "run" / "best").mkdir(parents=True), 4, ("run/best: expected the link",)),
-    "run folder under a file": (lambda f: (f / "run").write_text("a file"), 4, ("run: cannot be written to (File exists)",)),
+    "run folder under a file": (
+        lambda f: (f / "run").write_text("a file"),
+        4,
+        ("run: cannot be written to (File exists)",),
+    ),
 }
 
 
