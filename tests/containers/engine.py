@@ -196,8 +196,9 @@ def wait_until(is_so: Callable[[], bool], timeout_s: float, describe: Callable[[
 
 
 def committed_steps(run_dir: Path) -> list[int]:
-    """Return the steps of a run's whole checkpoints, oldest first."""
-    return sorted(json.loads(path.read_text())["step"] for path in run_dir.glob("*/COMMITTED"))
+    """Return the steps of a run's whole checkpoints, oldest first; `best` is one of them again."""
+    markers = [path for path in run_dir.glob("*/COMMITTED") if not path.parent.is_symlink()]
+    return sorted(json.loads(path.read_text())["step"] for path in markers)
 
 
 def last_metrics(run_dir: Path) -> dict[str, float]:
