@@ -33,8 +33,10 @@ class Settings(BaseModel):
     def _read_as_written(cls, value: Any, info: ValidationInfo) -> Any:
         """Turn down what pydantic would quietly read as something else, and read paths and choices given as text."""
         assert info.field_name is not None
-        kinds = alternatives_of(cls.model_fields[info.field_name].annotation)
-        if Path in kinds and not (value is None or isinstance(value, str | Path | ObjectPath)):
+        annotation = cls.model_fields[info.field_name].annotation
+        kinds = alternatives_of(annotation)
+        is_unset = value is None and NoneType in get_args(annotation)
+        if Path in kinds and not (is_unset or isinstance(value, str | Path | ObjectPath)):
             raise ValueError("must be a path")
         for kind in kinds:
             if isinstance(value, bool) and kind in (int, float):

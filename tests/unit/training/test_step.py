@@ -191,11 +191,11 @@ def restore_what_was_cut_short() -> str:
     optimizer = build_optimizer(draft.parameters(), 0.0, CPU)
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(Path(folder), draft, optimizer, load_mapping(), {})
-        restore_checkpoint(Path(folder), draft, optimizer)
+        restore_checkpoint(Path(folder) / "state", draft, optimizer)
         shard = next((Path(folder) / "state").glob("*.distcp"))
         shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
         try:
-            restore_checkpoint(Path(folder), draft, optimizer)
+            restore_checkpoint(Path(folder) / "state", draft, optimizer)
         except CheckpointError as error:
             return str(error)
     return ""
