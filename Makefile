@@ -20,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export RAY_USAGE_STATS_ENABLED = 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install test demo demo-short check format image image-test k8s-check flags lock constraints clean distclean
+.PHONY: help install test demo demo-short check format image image-test k8s-check k8s-rehearsal flags lock constraints clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -62,6 +62,9 @@ image-test: $(INSTALLED) ## build the CPU image and prove it, alone and as a Ray
 
 k8s-check: $(INSTALLED) ## render the manifests of k8s/ and check them; needs kubectl, no cluster
 	$(BIN)/python -m tests.k8s.check
+
+k8s-rehearsal: $(INSTALLED) ## run the commands that KubeRay makes of k8s/ in namespaces; as root
+	EAGLE3_REHEARSAL=1 $(BIN)/python -m pytest tests/k8s/test_operator_commands.py $(ARGS)
 
 format: $(INSTALLED) ## rewrite the code as `make check` wants it
 	$(BIN)/ruff check --fix
