@@ -23,18 +23,26 @@ class ChannelActor:
     def __init__(self) -> None:
         self._items: asyncio.Queue[Any] = asyncio.Queue()
         self._early: dict[tuple[str, int], Any] = {}
-        self._next: dict[str, int] = {}
+        self._num_queued: dict[str, int] = {}
+        self._is_queued = asyncio.Condition()
         self._stop_ordered = asyncio.Event()
         self._is_heard = False
 
     async def tell(self, teller: str, number: int, item: Any) -> None:
         """Take the item that this process tells as its `number`-th; calls may come in another order than made."""
         self._early[teller, number] = item
-        expected = self._next.get(teller, 0)
-        while (teller, expected) in self._early:
-            self._items.put_nowait(self._early.pop((teller, expected)))
-            expected += 1
-        self._next[teller] = expected
+        num_queued = self._num_queued.get(teller, 0)
+        while (teller, num_queued) in self._early:
+            self._items.put_nowait(self._early.pop((teller, num_queued)))
+            num_queued += 1
+        self._num_queued[teller] = num_queued
+        async with self._is_queued:
+            self._is_queued.notify_all()
+
+    async def wait_until_queued(self, teller: str, num_items: int) -> None:
+        """Wait until that many items of a process are there."""
+        async with self._is_queued:
+            await self._is_queued.wait_for(lambda: self._num_queued.get(teller, 0) >= num_items)
 
     async def take(self) -> Any:
         """Return the oldest item; wait for one."""
@@ -57,22 +65,19 @@ class Channel:
     def __init__(self, actor: Any) -> None:
         self._actor = actor
         self._num_told = 0
-        self._last_told: Any = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Channel, (self._actor,)
 
     def tell(self, item: object) -> None:
         """Tell the driver. Never waits, and a driver that is gone is not the run's concern."""
-        teller = ray.get_runtime_context().get_worker_id()
-        self._last_told = self._actor.tell.remote(teller, self._num_told, item)
+        self._actor.tell.remote(_this_process(), self._num_told, item)
         self._num_told += 1
 
     def flush(self) -> None:
-        """Wait until what was told last has arrived: a process that ends takes what is still on its way with it."""
-        if self._last_told is not None:
-            with contextlib.suppress(RayError):
-                ray.get(self._last_told)
+        """Wait until all that was told has arrived: a process that ends takes what is still on its way with it."""
+        with contextlib.suppress(RayError):
+            ray.get(self._actor.wait_until_queued.remote(_this_process(), self._num_told))
 
     def take(self) -> Any:
         """Return the oldest item told; wait for one."""
@@ -98,6 +103,11 @@ class Channel:
     def close(self) -> None:
         """End the actor."""
         ray.kill(self._actor)
+
+
+def _this_process() -> str:
+    teller: str = ray.get_runtime_context().get_worker_id()
+    return teller
 
 
 def open_channel() -> Channel:
