@@ -22,8 +22,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 ONE_ORDER_S = 1.0
 
 
-class Stopped(BaseException):
+class Stopped(KeyboardInterrupt):
     """The command was told to end. No `Exception`: it passes through all that handles errors.
+
+    A `KeyboardInterrupt`, for no other exception of a signal ends Ray's waits at once; they raise a bare one in its
+    place, which `as_stopped` turns back.
 
     Attributes:
         signal: What told it.
@@ -94,8 +97,17 @@ def stop_signals() -> Iterator[None]:
     with StopSignals() as _active:
         try:
             yield
+        except KeyboardInterrupt as error:
+            raise as_stopped(error) from None
         finally:
             _active = None
+
+
+def as_stopped(error: KeyboardInterrupt) -> Stopped:
+    """Return what a signal has raised, by whatever way it came."""
+    if isinstance(error, Stopped):
+        return error
+    return Stopped((_active and _active.received) or signal.SIGINT)
 
 
 def keep_stop_signals() -> None:
@@ -123,6 +135,7 @@ def when_stopped(detail: str) -> Iterator[None]:
     """Say how to go on after a stop within the block, unless it is said already."""
     try:
         yield
-    except Stopped as stop:
+    except KeyboardInterrupt as error:
+        stop = as_stopped(error)
         stop.detail = stop.detail or detail
-        raise
+        raise stop from None

@@ -25,7 +25,7 @@ from eagle3_ray.demo.corpus import Corpus, build_corpus, read_documents
 from eagle3_ray.demo.tiny_verifier import Quality, VerifierRecipe, make_verifier, read_quality
 from eagle3_ray.errors import Eagle3RayError
 from eagle3_ray.jobs import generate, train, vocab_mapping
-from eagle3_ray.jobs.cluster import CPUS_FOR_TASKS, ray_session
+from eagle3_ray.jobs.cluster import CPUS_FOR_TASKS, check_outlives_job, ray_session
 from eagle3_ray.machine import usable_cpus
 from eagle3_ray.stopping import when_stopped
 from eagle3_ray.training.run_folder import BEST, INITIAL_METRICS, find_committed
@@ -92,6 +92,7 @@ def run(settings: DemoSettings) -> None:
     """
     plan = SHORT if settings.short else FULL
     folder = settings.output_path.resolve()
+    check_outlives_job(folder, "--output-path")
     folder.mkdir(parents=True, exist_ok=True)
     disable_progress_bar()  # of transformers, for files that are written in no time
     started = time.monotonic()

@@ -9,6 +9,7 @@ from typing import Any
 
 import ray.data
 import ray.train
+from ray.exceptions import RayError
 from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
@@ -56,7 +57,7 @@ def fit(job: TrainJob, workers: WorkerRequest) -> signal.Signals | None:
     )
     try:
         return run_until_told_to_stop(trainer.fit, job.channel.order_stop)
-    except ray.train.TrainingFailedError as error:
+    except (ray.train.TrainingFailedError, RayError) as error:
         raise_cause(error, restart_flag="--max-failures")
 
 
@@ -67,7 +68,7 @@ def run_until_told_to_stop(work: Callable[[], object], order_stop: Callable[[], 
 
     Args:
         work: What to do; its errors are raised here.
-        order_stop: Called at the first signal; True if the work will end by itself because of it.
+        order_stop: Called from the first signal on, again and again; True as long as the work will end because of it.
 
     Returns:
         The signal that came meanwhile, if any.
@@ -82,9 +83,11 @@ def run_until_told_to_stop(work: Callable[[], object], order_stop: Callable[[], 
         while not outcome.done():
             concurrent.futures.wait([outcome], timeout=SIGNAL_POLL_S)
             number = received()
-            if number is not None and not is_ordered and not outcome.done():
-                if not order_stop():
-                    raise Stopped(number)
+            if number is None or outcome.done():
+                continue
+            if not order_stop():
+                raise Stopped(number)
+            if not is_ordered:
                 is_ordered = True
                 say(f"{number.name}: saving after this step; a second signal stops at once", "stopping")
         outcome.result()

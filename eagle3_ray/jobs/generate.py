@@ -67,11 +67,11 @@ def run(settings: GenerateSettings) -> None:
     Raises:
         Eagle3RayError: Conversations, verifier, output folder or cluster do not allow it; nothing on disk is lost.
     """
-    verifier = read_verifier_config(settings.verifier_name_or_path)
     # Tasks and actors start in another folder: every path is made absolute once, here.
     paths = {"conversations_path": settings.conversations_path, "output_path": settings.output_path}
     settings = settings.model_copy(update={name: path.resolve() for name, path in paths.items()})
     check_outlives_job(settings.output_path, "--output-path")
+    verifier = read_verifier_config(settings.verifier_name_or_path)
     chunks, conversations_sha256 = index_lines(settings.conversations_path)
     load_tokenizer(verifier.name_or_path, settings.trust_remote_code)  # or say at once that there is none
     with ray_session():

@@ -26,7 +26,7 @@ from eagle3_ray.jobs.vocab_mapping import resolve_mapping
 from eagle3_ray.model.config import DraftConfig, build_draft_config
 from eagle3_ray.model.verifier import VerifierInfo, absolute_name, load_final_norm, read_verifier_config
 from eagle3_ray.settings_file import write_run_yaml
-from eagle3_ray.stopping import Stopped
+from eagle3_ray.stopping import Stopped, as_stopped
 from eagle3_ray.storage import StoragePath
 from eagle3_ray.training.channel import Channel
 from eagle3_ray.training.job import TrainJob
@@ -56,6 +56,8 @@ def run(settings: TrainSettings) -> None:
     # Workers change directory: every path is made absolute once, here.
     settings = with_absolute_paths(settings)
     check_outlives_job(settings.save_path, "--save-path")
+    if settings.logger_names:
+        check_outlives_job(settings.log_dir, "--log-dir")
     with told_where_to_go_on(settings.save_path):
         verifier = read_verifier_config(settings.verifier_name_or_path)
         with ray_session(job_metadata=describe_job(settings)), ProgressBoard() as board:
@@ -94,7 +96,8 @@ def told_where_to_go_on(save_dir: StoragePath) -> Iterator[None]:
     """Complete the word about a stop within the block that saved nothing."""
     try:
         yield
-    except Stopped as stop:
+    except KeyboardInterrupt as error:
+        stop = as_stopped(error)
         if not stop.detail:
             saved = latest_committed(save_dir)
             stop.detail = (
@@ -102,7 +105,7 @@ def told_where_to_go_on(save_dir: StoragePath) -> Iterator[None]:
                 if saved is None
                 else f"; nothing was saved since {saved.path} (step {saved.step}); the same command goes on from there"
             )
-        raise
+        raise stop from None
 
 
 def describe_job(settings: TrainSettings) -> dict[str, str]:
@@ -131,9 +134,9 @@ def open_run_folder(settings: TrainSettings) -> CommittedCheckpoint | None:
         CheckpointError: The folder cannot be written, or a checkpoint in it is damaged.
     """
     save_dir = settings.save_path
+    check_writable(save_dir)
     if not settings.resume_from_checkpoint:
         remove_run(save_dir)
-    check_writable(save_dir)
     check_best_is_ours(save_dir)
     broken = set_aside_broken_snapshot(save_dir)
     if broken is not None:

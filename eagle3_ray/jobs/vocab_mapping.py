@@ -17,7 +17,7 @@ from eagle3_ray.data.vocab import (
     write_mapping,
 )
 from eagle3_ray.errors import Eagle3RayError, UsageError, VocabMappingError
-from eagle3_ray.jobs.cluster import ray_session
+from eagle3_ray.jobs.cluster import check_outlives_job, ray_session
 from eagle3_ray.stopping import when_stopped
 from eagle3_ray.storage import StoragePath
 
@@ -27,11 +27,13 @@ def run(settings: VocabMappingSettings) -> None:
     """Choose the draft's vocabulary, write both files, tell how much of the samples it covers.
 
     Raises:
-        UsageError: The draft's vocabulary is larger than the verifier's, or there is nothing to count.
+        UsageError: The draft's vocabulary is larger than the verifier's, there is nothing to count, or the output
+            would go with a submitted job's own copy.
         VocabMappingError: The frequency file does not fit, or the outputs cannot be written.
         DataError: The samples cannot be counted.
         ClusterError: No Ray to count with.
     """
+    check_outlives_job(settings.output_path.absolute(), "--output-path")
     vocab_size = resolve_vocab_size(settings)
     draft_vocab_size = settings.draft_vocab_size or min(DEFAULT_DRAFT_VOCAB_SIZE, vocab_size)
     if draft_vocab_size > vocab_size:

@@ -1,7 +1,7 @@
 """Between the driver and rank 0, through one actor: progress goes up, the order to stop comes down.
 
-    rank 0   `Channel.tell(item)`, which never waits                  ->  driver   `Channel.take()`, one at a time
-    rank 0   a thread in `Channel.wait_for_stop`, from the first step <-  driver   `Channel.order_stop()`
+    rank 0   `Channel.tell(item)`, which never waits                    ->  driver   `Channel.take()`, one at a time
+    rank 0   a thread in `Channel.listen_for_stop`, from its first step <-  driver   `Channel.order_stop()`
 
 No step waits for the actor: rank 0 looks at a `threading.Event`, and the all-reduce that each step does anyway tells
 the other ranks.
@@ -9,12 +9,18 @@ the other ranks.
 
 import asyncio
 import contextlib
+import math
 import threading
+import time
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+LISTEN_S = 5.0
+HEARD_FOR_S = 60.0  # since rank 0 was last heard: it may be starting again, or be gone for good
+FLUSH_TIMEOUT_S = 30.0
 
 
 class ChannelActor:
@@ -26,12 +32,14 @@ class ChannelActor:
         self._num_queued: dict[str, int] = {}
         self._is_queued = asyncio.Condition()
         self._stop_ordered = asyncio.Event()
-        self._is_heard = False
+        self._heard_s = -math.inf
 
     async def tell(self, teller: str, number: int, item: Any) -> None:
         """Take the item that this process tells as its `number`-th; calls may come in another order than made."""
-        self._early[teller, number] = item
         num_queued = self._num_queued.get(teller, 0)
+        if number < num_queued:
+            return  # told again, since Ray did not see that it had arrived
+        self._early[teller, number] = item
         while (teller, num_queued) in self._early:
             self._items.put_nowait(self._early.pop((teller, num_queued)))
             num_queued += 1
@@ -51,12 +59,14 @@ class ChannelActor:
     async def order_stop(self) -> bool:
         """Order rank 0 to stop, and tell whether it listens: it does once it has made a step that it could save."""
         self._stop_ordered.set()
-        return self._is_heard
+        return time.monotonic() - self._heard_s < HEARD_FOR_S
 
-    async def wait_for_stop(self) -> None:
-        """Wait until a stop is ordered."""
-        self._is_heard = True
-        await self._stop_ordered.wait()
+    async def listen_for_stop(self) -> bool:
+        """Wait a while for the order to stop, and tell whether it has come."""
+        self._heard_s = time.monotonic()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._stop_ordered.wait(), LISTEN_S)
+        return self._stop_ordered.is_set()
 
 
 class Channel:
@@ -77,26 +87,33 @@ class Channel:
     def flush(self) -> None:
         """Wait until all that was told has arrived: a process that ends takes what is still on its way with it."""
         with contextlib.suppress(RayError):
-            ray.get(self._actor.wait_until_queued.remote(_this_process(), self._num_told))
+            ray.get(self._actor.wait_until_queued.remote(_this_process(), self._num_told), timeout=FLUSH_TIMEOUT_S)
 
     def take(self) -> Any:
         """Return the oldest item told; wait for one."""
         return ray.get(self._actor.take.remote())
 
     def order_stop(self) -> bool:
-        """Order rank 0 to stop; False if it has not made a step yet."""
-        is_heard: bool = ray.get(self._actor.order_stop.remote())
+        """Order rank 0 to stop, as often as one likes; False if it has not made a step yet, or is gone."""
+        try:
+            is_heard: bool = ray.get(self._actor.order_stop.remote())
+        except RayActorError:
+            return False
         return is_heard
 
     def listen_for_stop(self, stop_ordered: threading.Event) -> None:
         """Set the event, in a thread of its own, once the driver orders to stop."""
 
         def listen() -> None:
-            try:
-                ray.get(self._actor.wait_for_stop.remote())
-            except RayError:
-                return  # the driver is gone, and so will be this worker
-            stop_ordered.set()
+            # Goes on until the process ends, through its last save too: the driver gives up a rank that is not heard.
+            while True:
+                try:
+                    is_ordered = ray.get(self._actor.listen_for_stop.remote())
+                except RayError:
+                    return  # the driver is gone, and so will be this worker
+                if is_ordered:
+                    stop_ordered.set()
+                    time.sleep(LISTEN_S)
 
         threading.Thread(target=listen, name="stop", daemon=True).start()
 
@@ -113,4 +130,6 @@ def _this_process() -> str:
 def open_channel() -> Channel:
     """Start the actor on the driver's own node: it must not be lost with a node of workers."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return Channel(ray.remote(num_cpus=0)(ChannelActor).options(scheduling_strategy=here).remote())
+    # A call that a broken connection has lost is made again; each can be made twice.
+    options = {"scheduling_strategy": here, "max_task_retries": -1}
+    return Channel(ray.remote(num_cpus=0)(ChannelActor).options(**options).remote())

@@ -46,6 +46,7 @@ def run_rank(job: TrainJob) -> None:
             record_untrained(rank)
         elif rank.owes_validation:
             finish_epoch(rank)
+        rank.meter.restart_clock()
         for item in iter_train_bins(rank):
             update(rank, item)
             is_last, is_epoch_end = rank.step == job.stop_step, rank.step % job.schedule.steps_per_epoch == 0
@@ -185,7 +186,6 @@ def record_untrained(rank: Rank) -> None:
     metrics = validate(rank)
     if rank.is_first:
         write_atomically(rank.job.save_dir / INITIAL_METRICS, json.dumps(metrics, indent=1) + "\n")
-    rank.meter.restart_clock()
 
 
 def save(rank: Rank, name: str, validation: Mapping[str, float]) -> None:

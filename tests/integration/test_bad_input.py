@@ -1,7 +1,9 @@
 """What a user gets wrong, typed as a command: the message, the exit code, and that nothing on disk is lost."""
 
 import json
+import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -155,6 +157,21 @@ def test_bad_input_is_refused_with_a_message_and_loses_nothing(
     assert message.startswith("error: ") and "Traceback" not in message
     assert [text for text in texts if text not in message] == [], message
     assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+@pytest.mark.parametrize("more", [[], ["--no-resume-from-checkpoint"]])
+def test_a_run_folder_on_a_read_only_mount_is_refused(
+    more: list[str], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    claim = folder / "run"
+    claim.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(claim)], check=True)
+    try:
+        assert train(folder, *more) == 4
+    finally:
+        subprocess.run(["umount", str(claim)], check=True)
+    assert f"{claim}: cannot be written to (Read-only file system)" in capsys.readouterr().err
 
 
 def test_a_state_that_is_not_normed_is_refused_under_v0(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -136,6 +136,7 @@ def test_generate_leaves_only_whole_samples_and_goes_on(tmp_path: Path) -> None:
     deadline = time.monotonic() + 300
     while not world.times():
         assert time.monotonic() < deadline and command.process.poll() is None
+        time.sleep(0.05)
     last = command.stop(signal.SIGTERM)
     assert last["message"] == (
         "stopped by SIGTERM; samples that are written stay, the same command generates the others"

@@ -5,9 +5,13 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import ray
 
 from eagle3_ray import stopping
 from eagle3_ray.stopping import Stopped, deferred_stop, keep_stop_signals, stop_signals, when_stopped
@@ -34,6 +38,30 @@ def test_a_stop_passes_through_what_handles_errors() -> None:
             send(signal.SIGTERM)
         except Exception as error:
             raise AssertionError("taken for an error") from error
+
+
+@ray.remote(num_cpus=0)
+def sleep_for_ever() -> None:
+    time.sleep(3600)
+
+
+WAITS: dict[str, Callable[[Any], object]] = {
+    "get": ray.get,
+    "get with a limit": lambda ref: ray.get(ref, timeout=3600),
+    "wait": lambda ref: ray.wait([ref]),
+}
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("kind", WAITS)
+def test_a_signal_ends_a_wait_for_ray(kind: str) -> None:
+    ref = sleep_for_ever.remote()
+    signaller = threading.Timer(0.5, send, [signal.SIGTERM])
+    with pytest.raises(Stopped) as caught, stop_signals(), when_stopped("; told"):
+        signaller.start()
+        WAITS[kind](ref)
+    assert caught.value.exit_code == 143 and str(caught.value) == "stopped by SIGTERM; told"
+    ray.cancel(ref, force=True)
 
 
 def test_a_deferred_signal_is_only_noted_and_a_second_one_stops(monkeypatch: pytest.MonkeyPatch) -> None:
