@@ -186,6 +186,13 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 120.
         time.sleep(0.05)
 
 
+def wait_for_train_workers() -> list[int]:
+    """Process ids as below, of one at least: Ray rewrites a worker's title with each call, and it is gone meanwhile."""
+    found: list[int] = []
+    wait_until(lambda: bool(found.extend(find_train_workers()) or found), "a worker")
+    return found
+
+
 def find_train_workers() -> list[int]:
     """Process ids of Ray Train workers that descend from this process."""
     parents, workers = {}, []
@@ -220,9 +227,7 @@ def test_a_killed_worker_is_restarted_from_the_last_checkpoint(straight: Path, f
     thread = threading.Thread(target=train)
     thread.start()
     wait_until(lambda: (folder / "run" / "step-000001" / "COMMITTED").exists() or not thread.is_alive(), "a checkpoint")
-    workers = find_train_workers()
-    assert workers
-    for pid in workers:
+    for pid in wait_for_train_workers():
         os.kill(pid, signal.SIGKILL)
     thread.join()
     assert failures == []

@@ -19,6 +19,9 @@ ranks() { processes 0 'ray::RayTrainWorker*'; }
 # SIGTERM and not `ray job stop`: a stopped RayJob counts as complete, one that failed is tried again and goes on.
 # shellcheck disable=SC2046  # one word a process
 kill -TERM $(drivers) 2>/dev/null
-while [[ -n $(drivers; ranks) ]]; do
-    sleep 1
+# Ray rewrites a rank's title with each call, and it is gone meanwhile: only who is missed three times has ended.
+missed=0
+while ((missed < 3)); do
+    if [[ -n $(drivers; ranks) ]]; then missed=0; else missed=$((missed + 1)); fi
+    sleep 0.5
 done
