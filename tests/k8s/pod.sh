@@ -51,7 +51,7 @@ exec_in() {
     local first
     read -r first _ < "/proc/$1/task/$1/children" || [[ -n $first ]]  # no newline at its end
     shift
-    exec nsenter --target "$first" --mount --net --pid --root --wd=/ "${as_user[@]}" "$@"
+    exec nsenter --target "$first" --mount --net --pid --root --wdns=/workspace "${as_user[@]}" "$@"
 }
 
 command=$1

@@ -191,7 +191,8 @@ def run(folder: Path) -> dict[str, Any]:
     wait_until("the worker is healthy", worker.is_healthy)
     facts["user"] = head.run("id", "-u").stdout.strip()
     facts["writing_to_the_root"] = head.run("touch", "/workspace/a").stderr
-    facts["cpus"] = head.run("python", "-c", CPUS_OF_NODES).stdout
+    cpus = head.run("python", "-c", CPUS_OF_NODES)
+    facts["cpus"] = cpus.stdout or cpus.stderr
 
     body = operator.submission(job)
     facts["without_token"] = head.get("/api/jobs/", operator.DASHBOARD_PORT, None, body)
