@@ -83,6 +83,13 @@ class Containers:
         """Run a program in a running container and return what it printed."""
         return self.call("exec", name, *words)
 
+    def ask(self, name: str, *words: str) -> str:
+        """Return what a program prints in a container that may not be up yet, or not be well; nothing if it fails."""
+        try:
+            return self.exec(name, *words)
+        except AssertionError:
+            return ""
+
     def logs(self, name: str) -> str:
         """Return what a container has printed so far."""
         return subprocess.run(
@@ -173,13 +180,11 @@ class Cluster:
         )
         probe = ("wget", "--quiet", "--output-document=-", "http://127.0.0.1:52365/api/healthz")
 
-        def is_well() -> bool:
-            try:
-                return "success" in self._containers.exec(node, *probe)
-            except AssertionError:
-                return False
-
-        wait_until(is_well, 120, lambda: f"the node is not well:\n{self._containers.logs(node)}")
+        wait_until(
+            lambda: "success" in self._containers.ask(node, *probe),
+            120,
+            lambda: f"the node is not well:\n{self._containers.logs(node)}",
+        )
         return node
 
 

@@ -189,7 +189,12 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 120.
 def wait_for_train_workers() -> list[int]:
     """Process ids as below, of one at least: Ray rewrites a worker's title with each call, and it is gone meanwhile."""
     found: list[int] = []
-    wait_until(lambda: bool(found.extend(find_train_workers()) or found), "a worker")
+
+    def look() -> bool:
+        found[:] = find_train_workers()
+        return len(found) > 0
+
+    wait_until(look, "a worker")
     return found
 
 
