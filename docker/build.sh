@@ -14,6 +14,10 @@ if [ "$variant" = cpu ]; then
 fi
 
 if docker info >/dev/null 2>&1; then
+    if [ -d "$wheels" ]; then
+        echo "docker/build.sh: Docker's builder sees no folder of this machine: TORCH_CPU_WHEELS must name a page, not $wheels" >&2
+        exit 1
+    fi
     [ -z "${BASE_IMAGE:-}" ] || arguments+=(--build-arg "BASE_IMAGE=$BASE_IMAGE")
     exec docker build "${arguments[@]}" .
 fi

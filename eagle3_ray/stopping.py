@@ -2,7 +2,8 @@
 
     first signal     raises `Stopped` in the main thread; within `deferred_stop` it is only noted, for a job that
                      saves before it ends
-    one more there   raises `Stopped`
+    one more there   SIGINT raises `Stopped`; SIGTERM is said twice by some (KubeRay stops the job, then its pod),
+                     and who says it has SIGKILL for haste
     while unwinding  ends the process at once
 
 The exit code is 128 and the signal's number, as shells tell it: 143 for SIGTERM, 130 for SIGINT.
@@ -71,7 +72,8 @@ class StopSignals:
     def _handle(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()
         is_first, was_deferred = self.received is None, self.is_deferred
-        if not is_first and now - self._received_s < ONE_ORDER_S:
+        is_said_again = was_deferred and number == signal.SIGTERM
+        if not is_first and (is_said_again or now - self._received_s < ONE_ORDER_S):
             return
         self.received, self._received_s = signal.Signals(number), now
         if is_first and was_deferred:
@@ -118,7 +120,7 @@ def keep_stop_signals() -> None:
 
 @contextmanager
 def deferred_stop() -> Iterator[Callable[[], signal.Signals | None]]:
-    """Only note the first signal within the block; yields what tells which one came, if any."""
+    """Only note the first signal within the block, and any SIGTERM; yields what tells which one came, if any."""
     if _active is None:
         yield lambda: None
         return

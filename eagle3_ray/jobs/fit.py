@@ -34,7 +34,7 @@ def fit(job: TrainJob, workers: WorkerRequest) -> signal.Signals | None:
 
     Raises:
         Eagle3RayError: What a worker raised on purpose, or `ClusterError` for a worker that was lost.
-        Stopped: By a signal before the first step, or by a second one.
+        Stopped: By a signal before the first step, or by Ctrl-C after one.
     """
     datasets: dict[str, Any] = {"train": functools.partial(build_train_stream, job)}
     if job.validation_source is not None:
@@ -74,7 +74,7 @@ def run_until_told_to_stop(work: Callable[[], object], order_stop: Callable[[], 
         The signal that came meanwhile, if any.
 
     Raises:
-        Stopped: By a signal that `order_stop` could not pass on, or by a second one. The work is abandoned.
+        Stopped: By a signal that `order_stop` could not pass on, or by Ctrl-C after one. The work is abandoned.
     """
     outcome: concurrent.futures.Future[object] = concurrent.futures.Future()
     is_ordered = False
@@ -89,7 +89,7 @@ def run_until_told_to_stop(work: Callable[[], object], order_stop: Callable[[], 
                 raise Stopped(number)
             if not is_ordered:
                 is_ordered = True
-                say(f"{number.name}: saving after this step; a second signal stops at once", "stopping")
+                say(f"{number.name}: saving after this step; Ctrl-C from now on stops at once", "stopping")
         outcome.result()
         return received()
 

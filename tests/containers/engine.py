@@ -97,7 +97,9 @@ class Containers:
         ).stdout
 
     def remove(self, name: str) -> None:
-        """Remove a container; if it runs it is killed, and nothing in it gets the chance to say goodbye."""
+        """Remove a container that is left; if it runs it is killed, without the chance to say goodbye."""
+        if name not in self._names:
+            return
         self.call("rm", "--force", *self._at_once, name)
         self._names.remove(name)
 
@@ -163,9 +165,8 @@ class Cluster:
         return [actor["node_id"] for actor in json.loads(listed)]
 
     def close(self) -> None:
-        """Remove the nodes and the network."""
-        for name in filter(None, (self.worker, self.head)):
-            self._containers.remove(name)
+        """Remove the nodes, what else was started and is left, and the network."""
+        self._containers.close()
         self._containers.call("network", "rm", "--force", self.network)
 
     def _start_node(self, address: str, num_cpus: int, *words: str) -> str:
@@ -178,11 +179,18 @@ class Cluster:
         node = self._containers.start(
             "ray", "start", *words, f"--num-cpus={num_cpus}", OBJECT_STORE, "--block", options=options
         )
-        probe = ("wget", "--quiet", "--output-document=-", "http://127.0.0.1:52365/api/healthz")
+        probe = (
+            "wget",
+            "--quiet",
+            "--timeout=5",
+            "--tries=1",
+            "--output-document=-",
+            "http://127.0.0.1:52365/api/healthz",
+        )
 
         wait_until(
             lambda: "success" in self._containers.ask(node, *probe),
-            120,
+            300,
             lambda: f"the node is not well:\n{self._containers.logs(node)}",
         )
         return node

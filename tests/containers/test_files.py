@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
+from eagle3_ray.cli import read_settings
+from eagle3_ray.config import TrainSettings
+
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
 GPU_ONLY = ("cuda-", "nvidia-", "triton")
@@ -83,6 +86,21 @@ def test_the_builder_sees_only_what_the_dockerfile_copies() -> None:
     locks = {"docker/requirements.uv.lock", "${REQUIREMENTS}"}
     assert locks <= sources
     assert kept_paths == (sources - locks) | {"docker/requirements.*.lock"}
+
+
+def test_compose_trains_with_settings_there_are_and_leaves_time_to_save() -> None:
+    services = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]
+    train = services["train"]
+    verb, *flags = [re.sub(r"\$\{VERIFIER.*\}", "/data/verifier", word) for word in train["command"]]
+    settings = read_settings(verb, flags)
+    assert isinstance(settings, TrainSettings)
+    assert settings.verifier_name_or_path == "/data/verifier" and settings.logger_names == ("tensorboard",)
+    places = {volume.rpartition(":/")[2].partition(":")[0] for volume in train["volumes"]}
+    assert places == {"data", "checkpoints", "cache/huggingface"}
+    written = (settings.save_path, settings.log_dir, settings.d2t_path, settings.t2d_path)
+    assert all(str(path).startswith("/checkpoints/") for path in written) and str(settings.data_path) == "/data"
+    assert train["stop_grace_period"] == "10m" and train["read_only"]
+    assert f"--logdir={settings.log_dir}" in services["tensorboard"]["command"]
 
 
 def test_the_workflow_calls_only_targets_there_are() -> None:

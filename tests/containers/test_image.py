@@ -85,7 +85,7 @@ def test_gpus_that_are_not_there_are_named_at_once(containers: Containers) -> No
 def test_a_checkpoint_folder_that_cannot_be_written_is_named_at_once(
     containers: Containers, tmp_path: Path, save_path: str
 ) -> None:
-    tmp_path.chmod(0o755)  # the host's user may write, the image's may not
+    tmp_path.chmod(0o555)  # nobody may write, and root's right to is dropped
     finished = containers.run(
         *("train", "--config", "/data/one/run/run.yaml", "--save-path", save_path),
         options=[f"--volume={tmp_path}:/checkpoints"],

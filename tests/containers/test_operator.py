@@ -53,22 +53,18 @@ def ended(containers: Containers, data_dir: Path, one_host: Finished) -> Iterato
         return containers.start(*words, options=[f"--entrypoint={shell}", *place, *variables])
 
     def wait_for(pod: str) -> None:
-        probe = ("wget", "-q", "-O-", f"http://127.0.0.1:{operator.AGENT_PORT}{operator.HEALTH_PATH}")
-        wait_until(lambda: "success" in containers.ask(pod, *probe), 120, lambda: containers.logs(pod))
+        probe = ("wget", "-q", "-O-", "-T5", "-t1", f"http://127.0.0.1:{operator.AGENT_PORT}{operator.HEALTH_PATH}")
+        wait_until(lambda: "success" in containers.ask(pod, *probe), 300, lambda: containers.logs(pod))
 
-    pods = []
     try:
-        pods.append(start(operator.head_command(job, token), head_ip))
-        wait_for(pods[0])
+        wait_for(start(operator.head_command(job, token), head_ip))
         init = start(operator.wait_command(workers, head_ip, token), worker_ip)
-        wait_for_gcs = containers.wait(init, 120)
-        pods.append(start(operator.worker_command(workers, head_ip, token), worker_ip))
-        wait_for(pods[1])
+        wait_for_gcs = containers.wait(init, 300)
+        wait_for(start(operator.worker_command(workers, head_ip, token), worker_ip))
         submitter = operator.submitter_command(job, "vocab", f"http://{head_ip}:{operator.DASHBOARD_PORT}", token)
         yield Ended(wait_for_gcs, containers.wait(start(submitter, f"{subnet}.12"), 300))
     finally:
-        for pod in pods:
-            containers.remove(pod)
+        containers.close()
         containers.call("network", "rm", "--force", network)
 
 

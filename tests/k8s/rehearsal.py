@@ -98,7 +98,7 @@ class Rehearsal:
         self.folder = folder
         self.token = secrets.token_hex(32)
         self.manifests = render(OVERLAY)
-        for name in ("data", "checkpoints", "huggingface", "settings"):
+        for name in ("data", "checkpoints", "settings"):
             (folder / name).mkdir()
             (folder / name).chmod(0o777)
         (folder / "passwd").write_text("ray:x:1000:1000::/home/ray:/bin/bash\n")
@@ -120,7 +120,7 @@ class Rehearsal:
         environment = {
             **command.environment,
             **{"HOME": "/home/ray", "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"},
-            **{"PYTHONPATH": str(REPOSITORY), "PYTHONDONTWRITEBYTECODE": "1", "HF_HOME": "/cache/huggingface"},
+            **{"PYTHONPATH": str(REPOSITORY), "PYTHONDONTWRITEBYTECODE": "1"},
             **{"PYTHONUNBUFFERED": "1", "POD_IP": ADDRESSES[group.name]},
         }
         words = [POD, "start", name, ADDRESSES[group.name], str(mounts), *command.words]
@@ -143,7 +143,7 @@ class Rehearsal:
             elif "configMap" in volume:
                 lines.append(f"ro {self.folder}/settings {target}")
             else:
-                lines.append(f"rw {self.folder}/{mount.get('subPath', mount['name'])} {target}")
+                lines.append(f"rw {self.folder}/{mount['name']} {target}")
         return lines
 
 

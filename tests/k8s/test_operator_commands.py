@@ -111,6 +111,7 @@ def test_ray_leaves_a_stopped_driver_time_to_save(facts: dict[str, Any]) -> None
     assert facts["stopped_pods"]["supervisor"].startswith("/proc/")
 
 
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl renders the manifests; it is not here")
 def test_limits_become_flags_of_ray_start() -> None:
     job = next(
         job

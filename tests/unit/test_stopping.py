@@ -64,7 +64,7 @@ def test_a_signal_ends_a_wait_for_ray(kind: str) -> None:
     ray.cancel(ref, force=True)
 
 
-def test_a_deferred_signal_is_only_noted_and_a_second_one_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_deferred_signal_is_only_noted_and_ctrl_c_after_it_stops(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stopping, "ONE_ORDER_S", 0.0)
     with pytest.raises(Stopped) as caught, stop_signals(), deferred_stop() as received:
         assert received() is None
@@ -73,6 +73,14 @@ def test_a_deferred_signal_is_only_noted_and_a_second_one_stops(monkeypatch: pyt
         send(signal.SIGINT)
         raise AssertionError("went on")
     assert caught.value.signal is signal.SIGINT
+
+
+def test_sigterm_said_again_leaves_the_time_to_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopping, "ONE_ORDER_S", 0.0)
+    with stop_signals(), deferred_stop() as received:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
+            send(number)
+        assert received() is signal.SIGINT
 
 
 def test_signals_that_come_together_are_one_order() -> None:

@@ -12,8 +12,8 @@ from eagle3_ray.jobs.fit import run_until_told_to_stop
 from eagle3_ray.stopping import Stopped, stop_signals
 
 
-def send() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
+def send(number: signal.Signals = signal.SIGTERM) -> None:
+    os.kill(os.getpid(), number)
 
 
 def never() -> bool:
@@ -45,7 +45,7 @@ def test_a_signal_is_passed_on_and_the_work_ends_in_its_own_time(capsys: pytest.
     with stop_signals():
         assert run_until_told_to_stop(work, order_stop) is signal.SIGTERM
     assert has_saved.is_set()
-    assert capsys.readouterr().out == "SIGTERM: saving after this step; a second signal stops at once\n"
+    assert capsys.readouterr().out == "SIGTERM: saving after this step; Ctrl-C from now on stops at once\n"
 
 
 def test_work_that_cannot_be_told_to_stop_is_abandoned() -> None:
@@ -60,7 +60,7 @@ def test_work_that_cannot_be_told_to_stop_is_abandoned() -> None:
     is_over.set()
 
 
-def test_a_second_signal_does_not_wait_for_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_after_a_signal_does_not_wait_for_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stopping, "ONE_ORDER_S", 0.0)
     is_over = threading.Event()
 
@@ -69,7 +69,7 @@ def test_a_second_signal_does_not_wait_for_the_work(monkeypatch: pytest.MonkeyPa
         is_over.wait()
 
     def order_stop() -> bool:
-        send()  # the second
+        send(signal.SIGINT)
         return True
 
     with pytest.raises(Stopped), stop_signals():
