@@ -19,6 +19,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple
@@ -147,10 +148,15 @@ class ObjectPath:
         Raises:
             StorageError: The store cannot be written.
         """
-        # Whole in memory first: a stream that is closed half-way stores what it has.
-        with telling(self, may_be_absent=False), self.filesystem.open_output_stream(self.key) as stream:
-            stream.write(content)
+        # Whole in memory first, and in a thread, where no signal interrupts it: a stream that is closed half-way stores
+        # what it has, be it nothing.
+        with telling(self, may_be_absent=False), ThreadPoolExecutor(1) as pool:
+            pool.submit(self._store, content).result()
         return len(content)
+
+    def _store(self, content: bytes) -> None:
+        with self.filesystem.open_output_stream(self.key) as stream:
+            stream.write(content)
 
     def open_input(self) -> "pyarrow.NativeFile":
         """Open the object for reads at any place; each read is a request.
@@ -164,9 +170,9 @@ class ObjectPath:
 
     @contextlib.contextmanager
     def open(self, mode: Literal["rb"]) -> Iterator[IO[bytes]]:
-        """Open the object for reading from front to back. Errors as in `read_bytes`, for all of the block."""
+        """Open the object for reading from front to back. Errors as in `read_bytes`, from each read."""
         assert mode == "rb"
-        with telling(self), io.BufferedReader(self.open_input(), READ_AHEAD_BYTES) as file:
+        with io.BufferedReader(_ToldReads(self.open_input(), self), READ_AHEAD_BYTES) as file:
             yield file
 
     def unlink(self, missing_ok: bool = False) -> None:
@@ -185,6 +191,38 @@ class ObjectPath:
 
     def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
         """Do nothing: a prefix is there once an object is."""
+
+
+class _ToldReads(io.RawIOBase):
+    """An opened object whose reads raise `StorageError`."""
+
+    def __init__(self, file: "pyarrow.NativeFile", path: ObjectPath) -> None:
+        self._file, self._path = file, path
+
+    def readable(self) -> bool:
+        """Say yes."""
+        return True
+
+    def seekable(self) -> bool:
+        """Say yes."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Move, and return the new position."""
+        position: int = self._file.seek(offset, whence)
+        return position
+
+    def readinto(self, buffer: Any) -> int:
+        """Read on; 0 at the end."""
+        with telling(self._path):
+            content: bytes = self._file.read(len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
+
+    def close(self) -> None:
+        """Close the object too."""
+        self._file.close()
+        super().close()
 
 
 StoragePath = Path | ObjectPath
@@ -222,8 +260,10 @@ def to_path(text: str) -> StoragePath:
 def list_objects(path: ObjectPath) -> list[StoredObject]:
     """Return all objects below a prefix, sorted by name; none if there is no such prefix.
 
+    Left out are names that would lead elsewhere as paths of this machine: with empty parts, `.` or `..`.
+
     Raises:
-        StorageError: The store cannot be read, or there is no such bucket.
+        StorageError: The store cannot be read, or the path is a bucket that is not there.
     """
     from pyarrow.fs import FileSelector, FileType
 
@@ -231,11 +271,12 @@ def list_objects(path: ObjectPath) -> list[StoredObject]:
     with telling(path, may_be_absent=False):
         infos = path.filesystem.get_file_info(selector)
     prefix = path.key + "/"
-    return sorted(
+    stored = [
         StoredObject(info.path.removeprefix(prefix), info.size, info.mtime_ns)
         for info in infos
         if info.type == FileType.File
-    )
+    ]
+    return sorted(entry for entry in stored if not {"", ".", ".."} & set(entry.name.split("/")))
 
 
 def write_atomically(path: StoragePath, content: str | bytes) -> None:
@@ -302,19 +343,24 @@ def local_copy(path: StoragePath, names: Iterable[str]) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def telling(path: ObjectPath, may_be_absent: bool = True) -> Iterator[None]:
+def telling(path: StoragePath, may_be_absent: bool = True) -> Iterator[None]:
     """Turn what a store's client raises into one error that names the path and what to set.
 
     Args:
-        path: what is read or written.
+        path: what is read or written; on this machine, nothing is turned.
         may_be_absent: let a FileNotFoundError through; else it means that the bucket is not there.
 
     Raises:
         StorageError: The store refuses, cannot be reached, or has no such bucket.
     """
+    if isinstance(path, Path):
+        yield
+        return
+    import pyarrow
+
     try:
         yield
-    except OSError as error:
+    except (OSError, pyarrow.ArrowException) as error:  # the latter for a file of credentials that cannot be read
         if may_be_absent and isinstance(error, FileNotFoundError):
             raise
         found = " ".join(str(error).split())[:MAX_ERROR_LENGTH]

@@ -12,13 +12,14 @@ from typing import IO, TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from eagle3_ray.errors import StorageError
 from eagle3_ray.storage import ObjectPath, telling
 
 if TYPE_CHECKING:
     import pyarrow
 
 BLOCK_BYTES = 64 * 1024
-SMALL_TENSOR_BYTES = 1024 * 1024  # fetched whole: ids and masks
+SMALL_TENSOR_BYTES = 1024 * 1024  # fetched whole, as are vectors of any length: ids and masks
 
 
 def load_remote_file(path: ObjectPath) -> Any:
@@ -54,12 +55,15 @@ def load_remote_rows(
     """
     with path.open_input() as file:
         reader = BlockReader(file, path)
-        # The meta device: tensors without bytes, each knowing where its bytes lie in the file.
-        content = torch.load(cast(IO[bytes], reader), map_location="meta", weights_only=True)
+        try:
+            # The meta device: tensors without bytes, each knowing where its bytes lie in the file.
+            content = torch.load(cast(IO[bytes], reader), map_location="meta", weights_only=True)
+        finally:
+            reader.raise_failure()
         chosen = choose(content)
 
         def fetch(tensor: Tensor) -> Tensor:
-            if tensor.untyped_storage().nbytes() <= SMALL_TENSOR_BYTES:
+            if tensor.dim() <= 1 or _span(tensor) * tensor.element_size() <= SMALL_TENSOR_BYTES:
                 return _fetch_tensor(reader, tensor)
             return _fetch_rows(reader, tensor, rows_of(len(tensor)) if tensor is chosen else ())
 
@@ -73,6 +77,7 @@ class BlockReader(io.RawIOBase):
         self._file, self._path = file, path
         self._size, self._position = int(file.size()), 0
         self._blocks: dict[int, bytes] = {}
+        self._failure: StorageError | None = None
 
     def readable(self) -> bool:
         """Say yes."""
@@ -93,22 +98,38 @@ class BlockReader(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        """Fill the buffer up to the end of the block, or of the file."""
-        number, start = divmod(self._position, BLOCK_BYTES)
-        if self._position >= self._size:
-            return 0
-        if number not in self._blocks:
-            self._blocks[number] = self.read_at(number * BLOCK_BYTES, BLOCK_BYTES)
-        piece = self._blocks[number][start : start + len(buffer)]
-        buffer[: len(piece)] = piece
-        self._position += len(piece)
-        return len(piece)
+        """Fill the buffer, or what the file's end leaves of it: torch takes a short read for a damaged file."""
+        view, num_filled = memoryview(buffer).cast("B"), 0
+        while num_filled < len(view) and self._position < self._size:
+            number, start = divmod(self._position, BLOCK_BYTES)
+            if number not in self._blocks:
+                self._blocks[number] = self.read_at(number * BLOCK_BYTES, BLOCK_BYTES)
+            piece = self._blocks[number][start : start + len(view) - num_filled]
+            view[num_filled : num_filled + len(piece)] = piece
+            self._position, num_filled = self._position + len(piece), num_filled + len(piece)
+        return num_filled
 
     def read_at(self, offset: int, num_bytes: int) -> bytes:
-        """Fetch some bytes; fewer at the end of the file."""
-        with telling(self._path):
-            content: bytes = self._file.read_at(min(num_bytes, self._size - offset), offset)
+        """Fetch some bytes; fewer at the end of the file.
+
+        Raises:
+            EOFError: They begin after it.
+            StorageError: The store cannot be read.
+        """
+        if offset > self._size:
+            raise EOFError(f"byte {offset} of a file of {self._size}")
+        try:
+            with telling(self._path):
+                content: bytes = self._file.read_at(min(num_bytes, self._size - offset), offset)
+        except StorageError as error:
+            self._failure = error
+            raise
         return content
+
+    def raise_failure(self) -> None:
+        """Raise the store's error if there was one: torch.load may have hidden it behind one of its own."""
+        if self._failure is not None:
+            raise self._failure
 
 
 def _map_tensors(value: Any, fetch: Callable[[Tensor], Tensor]) -> Any:
@@ -130,11 +151,21 @@ def _storage_offset_bytes(tensor: Tensor) -> int:
     return offset
 
 
-def _fetch_tensor(reader: BlockReader, tensor: Tensor) -> Tensor:
-    """Fetch a tensor's whole storage in one request."""
-    content = reader.read_at(_storage_offset_bytes(tensor), tensor.untyped_storage().nbytes())
-    flat = torch.frombuffer(bytearray(content), dtype=tensor.dtype) if content else torch.empty(0, dtype=tensor.dtype)
-    return flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+def _span(tensor: Tensor) -> int:
+    """Return how many elements of its storage lie from a tensor's first to its last: views share large storages."""
+    if tensor.numel() == 0:
+        return 0
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _fetch_tensor(reader: BlockReader, tensor: Tensor, storage_offset_bytes: int | None = None) -> Tensor:
+    """Fetch all of a tensor in one request, from a storage that begins there (a row of a tensor cannot tell)."""
+    if tensor.numel() == 0:
+        return torch.empty(tensor.shape, dtype=tensor.dtype)
+    start = _storage_offset_bytes(tensor) if storage_offset_bytes is None else storage_offset_bytes
+    start += int(tensor.storage_offset()) * tensor.element_size()
+    content = reader.read_at(start, _span(tensor) * tensor.element_size())
+    return torch.frombuffer(bytearray(content), dtype=tensor.dtype).as_strided(tensor.shape, tensor.stride())
 
 
 def _fetch_rows(reader: BlockReader, tensor: Tensor, rows: Sequence[int]) -> Tensor:
@@ -142,7 +173,5 @@ def _fetch_rows(reader: BlockReader, tensor: Tensor, rows: Sequence[int]) -> Ten
     fetched = torch.empty(tensor.shape, dtype=tensor.dtype)
     if tensor.dim() == 2:
         for row in rows:
-            start = int(tensor[row].storage_offset()) * tensor.element_size()
-            content = reader.read_at(_storage_offset_bytes(tensor) + start, tensor.shape[1] * tensor.element_size())
-            fetched[row] = torch.frombuffer(bytearray(content), dtype=tensor.dtype)
+            fetched[row] = _fetch_tensor(reader, tensor[row], _storage_offset_bytes(tensor))
     return fetched

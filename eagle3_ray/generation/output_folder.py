@@ -11,6 +11,7 @@ A file is written under a name with a leading dot and then renamed: readers neve
 import hashlib
 import io
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from eagle3_ray.data.samples import Sample, SampleSpec, inspect_sample
 from eagle3_ray.errors import DataError
 from eagle3_ray.model.verifier import VerifierInfo
-from eagle3_ray.storage import ObjectPath, StoragePath, to_path, write_atomically
+from eagle3_ray.storage import ObjectPath, StoragePath, telling, to_path, write_atomically
 
 CONFIG_NAME = "data_config.json"
 TOKEN_FREQ_NAME = "token_freq.pt"
@@ -209,13 +210,20 @@ def digest_verifier(info: VerifierInfo) -> str:
         if path.suffix in SMALL_FILE_SUFFIXES:
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
         elif path.suffix in WEIGHT_FILE_SUFFIXES:
-            with path.open("rb") as file:
-                num_bytes = file.seek(0, os.SEEK_END)
-                digest.update(f"{path.name}\0{num_bytes}\0".encode())
-                for probe in range(NUM_WEIGHT_PROBES):
-                    file.seek(max(num_bytes - PROBE_BYTES, 0) * probe // (NUM_WEIGHT_PROBES - 1))
-                    digest.update(file.read(PROBE_BYTES))
+            for piece in _iter_probes(path):
+                digest.update(piece)
     return digest.hexdigest()
+
+
+def _iter_probes(path: StoragePath) -> Iterator[bytes]:
+    """Yield a file's name and size, then pieces of it, a request each on an object store."""
+    opened = path.open_input() if isinstance(path, ObjectPath) else path.open("rb")
+    with telling(path), opened as file:
+        num_bytes = file.seek(0, os.SEEK_END)
+        yield f"{path.name}\0{num_bytes}\0".encode()
+        for probe in range(NUM_WEIGHT_PROBES):
+            file.seek(max(num_bytes - PROBE_BYTES, 0) * probe // (NUM_WEIGHT_PROBES - 1))
+            yield file.read(PROBE_BYTES)
 
 
 def _shown(value: object) -> object:

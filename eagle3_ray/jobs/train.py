@@ -82,6 +82,8 @@ def carry_out(settings: TrainSettings, verifier: VerifierInfo, channel: Channel)
         text = f"going on from {checkpoint.path} (step {checkpoint.step} of {job.stop_step})"
         say(text, "resume", step=checkpoint.step, path=str(checkpoint.path))
     if checkpoint is None or not job.is_complete(checkpoint):
+        if not settings.resume_from_checkpoint:
+            remove_run(settings.save_path)
         write_run_yaml(settings, settings.save_path / RUN_YAML)
         stopped_by = fit(job, workers)
         saved = latest_committed(settings.save_path)
@@ -135,9 +137,9 @@ def open_run_folder(settings: TrainSettings) -> CommittedCheckpoint | None:
     """
     save_dir = settings.save_path
     check_writable(save_dir)
-    if not settings.resume_from_checkpoint:
-        remove_run(save_dir)
     check_best_is_ours(save_dir)
+    if not settings.resume_from_checkpoint:
+        return None  # what is there goes only once nothing can be refused any more
     broken = set_aside_broken_snapshot(save_dir)
     if broken is not None:
         say(f"Ray's list of checkpoints was damaged and is now {broken}; the checkpoints themselves are used")

@@ -45,12 +45,21 @@ def read_tensor(path: StoragePath, name: str) -> Tensor:
         entries, start = _read_header(file, path)
         if name not in entries:
             raise SafetensorError(f"File does not contain tensor {name}")
-        begin, end = entries[name]["data_offsets"]
+        begin, end = _offsets(entries[name], file.size() - start)
         with telling(path):
             content: bytes = file.read_at(end - begin, start + begin)
     # A file of this one tensor, for the library to check and read.
     header = json.dumps({name: {**entries[name], "data_offsets": [0, end - begin]}}).encode()
     return safetensors.torch.load(struct.pack("<Q", len(header)) + header + content)[name]
+
+
+def _offsets(entry: Any, num_bytes: int) -> tuple[int, int]:
+    """Return where a tensor's bytes begin and end among so many; the library checks the rest of the entry."""
+    offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
+    match offsets:
+        case [int(begin), int(end)] if 0 <= begin <= end <= num_bytes:
+            return begin, end
+    raise SafetensorError(f"invalid offset: {offsets} of {num_bytes} bytes of tensors")
 
 
 def _read_header(file: Any, path: ObjectPath) -> tuple[dict[str, Any], int]:

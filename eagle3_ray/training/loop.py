@@ -13,7 +13,7 @@ from ray.train import Checkpoint, CheckpointConsistencyMode
 from eagle3_ray.data.pipeline import StepBins, iter_step_bins
 from eagle3_ray.errors import NonFiniteError, on_top
 from eagle3_ray.metrics import TRAIN, VAL, summarize
-from eagle3_ray.storage import write_atomically
+from eagle3_ray.storage import telling, write_atomically
 from eagle3_ray.training.checkpoint import write_checkpoint
 from eagle3_ray.training.job import TrainJob
 from eagle3_ray.training.meter import Meter
@@ -206,7 +206,8 @@ def save(rank: Rank, name: str, validation: Mapping[str, float]) -> None:
     }
     with tempfile.TemporaryDirectory(prefix="eagle3-checkpoint-") as folder:
         write_checkpoint(Path(folder), rank.draft, rank.optimizer, job.mapping, record)
-        ray.train.report(metrics, Checkpoint.from_directory(folder), checkpoint_dir_name=name)
+        with telling(path):
+            ray.train.report(metrics, Checkpoint.from_directory(folder), checkpoint_dir_name=name)
         ray.train.get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)
     if rank.is_first:
         commit(path, rank.step)

@@ -1,5 +1,6 @@
 """What one rank holds while it trains, and how it comes to hold it."""
 
+import contextlib
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from eagle3_ray.model.draft import Eagle3Draft
 from eagle3_ray.model.initial import initial_weights
 from eagle3_ray.model.loss import TargetHead
 from eagle3_ray.model.verifier import VerifierTensors, load_verifier_tensors
-from eagle3_ray.storage import ObjectPath, StoragePath
+from eagle3_ray.storage import ObjectPath, StoragePath, telling
 from eagle3_ray.training.checkpoint import restore_checkpoint
 from eagle3_ray.training.job import TrainJob
 from eagle3_ray.training.meter import Meter
@@ -88,8 +89,9 @@ def start_rank(job: TrainJob) -> Rank:
     checkpoint = latest_committed(job.save_dir)
     if checkpoint is not None:
         check_same_run(checkpoint, job.identity)
-        # A copy of this machine's is shared by its ranks; a path of this machine is used as it is.
-        with ray_checkpoint(checkpoint.path / STATE).as_directory() as state_dir:
+        with contextlib.ExitStack() as copies:
+            with telling(checkpoint.path):
+                state_dir = copies.enter_context(share_state(checkpoint.path / STATE).as_directory())
             restore_checkpoint(Path(state_dir), draft, optimizer)
     step = 0 if checkpoint is None else checkpoint.step
     return Rank(
@@ -121,11 +123,17 @@ def start_rank(job: TrainJob) -> Rank:
     )
 
 
-def ray_checkpoint(path: StoragePath) -> ray.train.Checkpoint:
-    """Return a folder as Ray Train fetches it from wherever it lies."""
+def share_state(path: StoragePath) -> ray.train.Checkpoint:
+    """Return a folder as Ray Train fetches it from wherever it lies: once a node, for all ranks there.
+
+    collective: Ray tells by the object, which must be one for all, that its copy is there already.
+    """
     if isinstance(path, ObjectPath):
-        return ray.train.Checkpoint(path.key, path.filesystem)
-    return ray.train.Checkpoint.from_directory(path)
+        shared = [ray.train.Checkpoint(path.key, path.filesystem)]
+    else:
+        shared = [ray.train.Checkpoint.from_directory(path)]
+    dist.broadcast_object_list(shared)
+    return shared[0]
 
 
 def train_metrics(metrics: Mapping[str, float]) -> dict[str, float]:

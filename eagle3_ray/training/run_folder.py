@@ -229,7 +229,8 @@ def _flatten(identity: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _open(path: StoragePath) -> CommittedCheckpoint:
-    missing = sorted(part for part in PARTS if not (path / part).exists())
+    # One listing: on an object store each question is a request.
+    missing = sorted(PARTS - {part.name for part in path.iterdir()})
     if missing:
         raise CheckpointError(
             f"{path}: committed, but {', '.join(missing)} is gone. Restore it or move the folder away."

@@ -159,6 +159,18 @@ def test_bad_input_is_refused_with_a_message_and_loses_nothing(
     assert {path: path.read_bytes() for path in before} == before
 
 
+def test_starting_over_removes_nothing_before_all_is_checked(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = folder / "run" / "0"
+    (checkpoint / "state").mkdir(parents=True)
+    for name in ("config.json", "model.safetensors", "run.json", "COMMITTED"):
+        (checkpoint / name).write_text("{}")
+    remove_samples(folder)
+    assert train(folder, "--no-resume-from-checkpoint") == 3
+    assert "no .pt files" in capsys.readouterr().err
+    expected = {"state", "config.json", "model.safetensors", "run.json", "COMMITTED"}
+    assert {path.name for path in checkpoint.iterdir()} == expected
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
 @pytest.mark.parametrize("more", [[], ["--no-resume-from-checkpoint"]])
 def test_a_run_folder_on_a_read_only_mount_is_refused(

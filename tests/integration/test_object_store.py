@@ -12,7 +12,7 @@ from eagle3_ray.data.index_cache import CACHE_DIR
 from eagle3_ray.errors import CheckpointError, StorageError
 from eagle3_ray.jobs import export, train, vocab_mapping
 from eagle3_ray.storage import ObjectPath, list_objects
-from tests.integration.test_train import LENGTHS, PARITY, SHAPE, make_settings
+from tests.integration.test_train import LENGTHS, PARITY, SHAPE, make_settings, read_metrics
 from tests.makers import write_samples
 from tests.unit.generation.world import World, trainable
 
@@ -100,6 +100,14 @@ def test_an_epoch_from_either_store_ends_as_one_from_disk(
     train.run(store_settings(bucket, tmp_path, "packed", pack_in=pack_in, max_steps=3))
     download_tree(bucket / "packed" / "0", tmp_path / "0")
     assert_same_draft(tmp_path / "0", local / "run" / "0")
+
+
+def test_two_ranks_go_on_from_there(local: Path, store: ObjectPath, tmp_path: Path) -> None:
+    upload_tree(local / "run" / "0", store / "two" / "0")
+    train.run(store_settings(store, tmp_path, "two", num_workers=2, bins_per_step=None))
+    download_tree(store / "two" / "1", tmp_path / "two")
+    found, expected = read_metrics(tmp_path / "two"), read_metrics(local / "run" / "1")
+    assert found["val/loss"] == pytest.approx(expected["val/loss"], rel=1e-3)  # float32 sums in another order
 
 
 def test_the_index_is_kept_beside_the_samples(store: ObjectPath) -> None:
