@@ -58,7 +58,7 @@ LIBRARIES: dict[str, set[str]] = {
     "ray": {
         *("data.index", "data.pipeline", "jobs", "machine"),
         *("training.channel", "training.job", "training.loop", "training.progress", "training.rank"),
-        "training.telemetry",
+        *("training.stream", "training.telemetry"),
     },
     "torch.distributed.fsdp": {"training.sharding"},
     "transformers": {"model", "generation", "demo", "jobs"},
@@ -150,6 +150,13 @@ def test_help_and_mistakes_are_answered_without_a_heavy_library(words: list[str]
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=PACKAGE.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("module", ["training.loop", "training.stream"])
+def test_workers_and_ray_trains_controller_start_without_transformers(module: str) -> None:
+    program = f"import sys, eagle3_ray.{module}\nsys.exit('transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=PACKAGE.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr or "it is imported, which takes every process seconds"
 
 
 def test_no_module_imports_itself_by_a_detour() -> None:

@@ -7,21 +7,20 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import ray.data
 import ray.train
 from ray.exceptions import RayError
 from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from eagle3_ray.console import say
-from eagle3_ray.data.pipeline import bin_execution_options, build_bin_dataset
+from eagle3_ray.data.pipeline import bin_execution_options
 from eagle3_ray.jobs.cluster import WorkerRequest
 from eagle3_ray.jobs.failures import raise_cause
 from eagle3_ray.stopping import Stopped, deferred_stop
 from eagle3_ray.storage import ObjectPath
 from eagle3_ray.training.job import TrainJob
 from eagle3_ray.training.loop import run_rank
-from eagle3_ray.training.run_folder import latest_committed
+from eagle3_ray.training.stream import build_train_stream, build_validation_stream
 
 SIGNAL_POLL_S = 0.2
 
@@ -100,19 +99,3 @@ def _do(work: Callable[[], object], outcome: "concurrent.futures.Future[object]"
         outcome.set_result(work())
     except BaseException as error:  # noqa: BLE001
         outcome.set_exception(error)
-
-
-def build_train_stream(job: TrainJob) -> ray.data.Dataset:
-    """Stream from the newest whole checkpoint on. Ray calls this anew at every start of the workers."""
-    checkpoint = latest_committed(job.save_dir)
-    start = 0 if checkpoint is None else checkpoint.step
-    # A restart after the last checkpoint was committed has nothing left to read, but Ray wants a dataset.
-    end = max(job.stop_step, start + 1)
-    return build_bin_dataset(job.train_source, job.schedule, start, end, job.settings.pack_in)
-
-
-def build_validation_stream(job: TrainJob) -> ray.data.Dataset:
-    """Stream every validation bin once a pass."""
-    assert job.validation_source is not None and job.validation_schedule is not None
-    steps = job.validation_schedule.steps_per_epoch
-    return build_bin_dataset(job.validation_source, job.validation_schedule, 0, steps, job.settings.pack_in)

@@ -2,13 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import LlamaConfig
+import torch
+from torch import Tensor
 
 from eagle3_ray.config import ModelSettings
 from eagle3_ray.errors import CheckpointError, VerifierError
 from eagle3_ray.model.verifier import VerifierInfo
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
 
 # The release of the Speculators format these files follow.
 SPECULATORS_VERSION = "0.9.0"
@@ -30,6 +34,61 @@ NOT_OF_THE_LAYER = (
 
 
 @dataclass(frozen=True)
+class LayerConfig:
+    """A decoder layer as transformers' `LlamaConfig` describes it.
+
+    transformers itself takes seconds to import, which every worker would spend.
+
+    Attributes:
+        vocab_size: W, of the verifier.
+        hidden_size: H.
+        intermediate_size: Width of the MLP.
+        num_hidden_layers: Decoder layers of the draft.
+        num_attention_heads: Q.
+        num_key_value_heads: G.
+        head_dim: D.
+        rms_norm_eps: Epsilon of all norms.
+        initializer_range: Standard deviation of initial weights that the verifier does not give.
+        rope_frequencies: [D/2] radians a position, float32 values.
+        rope_scale: Factor of RoPE's cos and sin.
+        written: All of it as config.json holds it.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    initializer_range: float
+    rope_frequencies: tuple[float, ...]
+    rope_scale: float
+    written: Mapping[str, Any]
+
+    @classmethod
+    def from_llama(cls, llama: "LlamaConfig") -> "LayerConfig":
+        """Take over what `LlamaConfig` has completed and checked."""
+        assert llama.head_dim is not None and llama.num_key_value_heads is not None  # LlamaConfig fills them in
+        frequencies, scale = _rope_of(llama)
+        return cls(
+            vocab_size=llama.vocab_size,
+            hidden_size=llama.hidden_size,
+            intermediate_size=llama.intermediate_size,
+            num_hidden_layers=llama.num_hidden_layers,
+            num_attention_heads=llama.num_attention_heads,
+            num_key_value_heads=llama.num_key_value_heads,
+            head_dim=llama.head_dim,
+            rms_norm_eps=llama.rms_norm_eps,
+            initializer_range=llama.initializer_range,
+            rope_frequencies=tuple(frequencies.tolist()),
+            rope_scale=scale,
+            written={name: value for name, value in llama.to_dict().items() if name not in NOT_OF_THE_LAYER},
+        )
+
+
+@dataclass(frozen=True)
 class DraftConfig:
     """Everything that fixes the draft's tensors and what they compute.
 
@@ -41,7 +100,7 @@ class DraftConfig:
         speculative_tokens: Drafted tokens a server should propose; the TTT steps trained.
     """
 
-    layer: LlamaConfig
+    layer: LayerConfig
     draft_vocab_size: int
     aux_layer_ids: tuple[int, ...]
     speculative_tokens: int
@@ -55,7 +114,7 @@ class DraftConfig:
     @property
     def hidden_size(self) -> int:
         """H."""
-        return int(self.layer.hidden_size)
+        return self.layer.hidden_size
 
     @property
     def num_aux_layers(self) -> int:
@@ -64,9 +123,6 @@ class DraftConfig:
 
     def to_speculators(self) -> dict[str, Any]:
         """Return config.json as Speculators 0.9 writes it (FACTS 6)."""
-        layer = self.layer.to_dict()
-        for key in NOT_OF_THE_LAYER:
-            layer.pop(key, None)
         proposal = {
             "proposal_type": "greedy",
             "speculative_tokens": self.speculative_tokens,
@@ -87,7 +143,7 @@ class DraftConfig:
             "eagle_aux_hidden_state_layer_ids": list(self.aux_layer_ids),
             "target_hidden_size": None,
             "tie_word_embeddings": False,
-            "transformer_layer_config": layer,
+            "transformer_layer_config": dict(self.layer.written),
             "speculators_config": {
                 "algorithm": "eagle3",
                 "default_proposal_method": "greedy",
@@ -108,9 +164,11 @@ def build_draft_config(
     Raises:
         VerifierError: The verifier's RoPE is described in a way a Llama layer cannot follow.
     """
+    from transformers import LlamaConfig
+
     text = info.text_config
     num_heads = int(text["num_attention_heads"])
-    layer = LlamaConfig(
+    llama = LlamaConfig(
         vocab_size=info.vocab_size,
         hidden_size=info.hidden_size,
         intermediate_size=int(text["intermediate_size"]),
@@ -130,7 +188,7 @@ def build_draft_config(
         eos_token_id=text.get("eos_token_id"),
     )
     return DraftConfig(
-        layer=layer,
+        layer=LayerConfig.from_llama(llama),
         draft_vocab_size=draft_vocab_size,
         aux_layer_ids=aux_layer_ids,
         speculative_tokens=settings.ttt_steps,
@@ -149,6 +207,8 @@ def draft_config_from_speculators(config: Mapping[str, Any]) -> DraftConfig:
     Raises:
         CheckpointError: A field is missing, or the draft is of a kind not trained here.
     """
+    from transformers import LlamaConfig
+
     try:
         layer, speculators = config["transformer_layer_config"], config["speculators_config"]
         if config["speculators_model_type"] != "eagle3" or layer["model_type"] != "llama":
@@ -157,7 +217,7 @@ def draft_config_from_speculators(config: Mapping[str, Any]) -> DraftConfig:
                 "expected eagle3 with llama."
             )
         return DraftConfig(
-            layer=LlamaConfig(**layer),
+            layer=LayerConfig.from_llama(LlamaConfig(**layer)),
             draft_vocab_size=config["draft_vocab_size"],
             aux_layer_ids=tuple(config["eagle_aux_hidden_state_layer_ids"]),
             speculative_tokens=speculators["proposal_methods"][0]["speculative_tokens"],
@@ -170,6 +230,19 @@ def draft_config_from_speculators(config: Mapping[str, Any]) -> DraftConfig:
         )
     except KeyError as error:
         raise CheckpointError(f"config.json: no {error}; not a Speculators EAGLE-3 draft.") from error
+
+
+def _rope_of(llama: "LlamaConfig") -> tuple[Tensor, float]:
+    """Return RoPE's frequencies [D/2] and its factor of cos and sin, as transformers computes them for each type."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = dict(llama.rope_parameters or {})
+    if rope["rope_type"] == "default":
+        assert llama.head_dim is not None  # LlamaConfig fills it in
+        exponent = torch.arange(0, llama.head_dim, 2, dtype=torch.float32) / llama.head_dim
+        return 1.0 / rope["rope_theta"] ** exponent, 1.0
+    frequencies, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](llama, torch.device("cpu"))
+    return frequencies, scale
 
 
 def _inherit_rope(info: VerifierInfo) -> dict[str, Any]:

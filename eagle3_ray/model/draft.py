@@ -10,11 +10,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from eagle3_ray.model.attention import DocumentAttention, merge_diagonals
-from eagle3_ray.model.config import DraftConfig
+from eagle3_ray.model.config import DraftConfig, LayerConfig
 from eagle3_ray.model.layout import TttLayout
 from eagle3_ray.model.loss import TargetHead, compare_with_targets, sum_matches
 
@@ -57,18 +55,11 @@ class DraftInputs:
 class RotaryTable(nn.Module):
     """RoPE angles of the verifier's own kind and scaling (a module only for its place in the tree; no state)."""
 
-    def __init__(self, layer: LlamaConfig) -> None:
+    def __init__(self, layer: LayerConfig) -> None:
         super().__init__()
-        rope, head_dim = dict(layer.rope_parameters or {}), layer.head_dim
-        assert head_dim is not None  # LlamaConfig fills it in
         # The draft is built on the meta device, where these few numbers must not stay.
-        with torch.device("cpu"):
-            if rope["rope_type"] == "default":
-                exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-                self.inverse_frequency, self.scale = 1.0 / rope["rope_theta"] ** exponent, 1.0
-            else:
-                init = ROPE_INIT_FUNCTIONS[rope["rope_type"]]
-                self.inverse_frequency, self.scale = init(layer, torch.device("cpu"))
+        self.inverse_frequency = torch.tensor(layer.rope_frequencies, dtype=torch.float32, device="cpu")
+        self.scale = layer.rope_scale
 
     def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return cos and sin, each [*, 1, D], of `position_ids` [*]."""
@@ -96,9 +87,8 @@ class LayerKeys:
 class DraftAttention(nn.Module):
     """Projections of grouped-query attention; the rule itself is in `attention.py`."""
 
-    def __init__(self, layer: LlamaConfig, input_size: int) -> None:
+    def __init__(self, layer: LayerConfig, input_size: int) -> None:
         super().__init__()
-        assert layer.head_dim is not None and layer.num_key_value_heads is not None  # LlamaConfig fills them in
         self.head_dim = layer.head_dim
         query_size, key_size = layer.num_attention_heads * layer.head_dim, layer.num_key_value_heads * layer.head_dim
         self.q_proj = nn.Linear(input_size, query_size, bias=False)
@@ -119,7 +109,7 @@ class DraftAttention(nn.Module):
 class DraftMlp(nn.Module):
     """Llama's gated MLP."""
 
-    def __init__(self, layer: LlamaConfig) -> None:
+    def __init__(self, layer: LayerConfig) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(layer.hidden_size, layer.intermediate_size, bias=False)
         self.up_proj = nn.Linear(layer.hidden_size, layer.intermediate_size, bias=False)
@@ -134,7 +124,7 @@ class DraftMlp(nn.Module):
 class DraftLayer(nn.Module):
     """A decoder layer; the first one reads `cat(embedding, hidden)`, which is 2H wide."""
 
-    def __init__(self, layer: LlamaConfig, is_first: bool, norm_before_residual: bool) -> None:
+    def __init__(self, layer: LayerConfig, is_first: bool, norm_before_residual: bool) -> None:
         super().__init__()
         self.is_first, self.norm_before_residual = is_first, norm_before_residual
         self.input_layernorm = nn.RMSNorm(layer.hidden_size, eps=layer.rms_norm_eps)

@@ -17,7 +17,6 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import CONFIG_MAPPING
 
 from eagle3_ray.errors import VerifierError
 from eagle3_ray.model.tensor_file import read_tensor, read_tensor_names
@@ -164,6 +163,8 @@ def read_verifier_config(name_or_path: str) -> VerifierInfo:
 
 def _fill_in_defaults(text_config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the config as transformers completes it: files leave out what equals their class's default."""
+    from transformers import CONFIG_MAPPING  # here: workers read tensors alone, and it takes seconds to import
+
     model_type = str(text_config.get("model_type"))
     if model_type not in CONFIG_MAPPING:
         return dict(text_config)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from transformers import LlamaConfig
 
 from eagle3_ray.data.batch import PackedBin
-from eagle3_ray.model.config import DraftConfig
+from eagle3_ray.model.config import DraftConfig, LayerConfig
 from eagle3_ray.model.draft import Eagle3Draft
 from eagle3_ray.model.loss import TargetHead
 from eagle3_ray.training.meter import peak_memory_bytes
@@ -40,7 +40,7 @@ def read_arguments() -> argparse.Namespace:
 
 def make_config(arguments: argparse.Namespace) -> DraftConfig:
     """A one-layer draft of the shape asked for."""
-    layer = LlamaConfig(
+    llama = LlamaConfig(
         vocab_size=arguments.vocab,
         hidden_size=arguments.hidden,
         intermediate_size=arguments.intermediate,
@@ -50,6 +50,7 @@ def make_config(arguments: argparse.Namespace) -> DraftConfig:
         head_dim=arguments.hidden // arguments.heads,
         rope_parameters={"rope_type": "default", "rope_theta": 5e5},
     )
+    layer = LayerConfig.from_llama(llama)
     return DraftConfig(layer, arguments.draft_vocab, (2, 4, 5), arguments.steps, True, False, False, False, "", ())
 
 

@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from eagle3_ray.data.batch import PackedBin
-from eagle3_ray.model.config import DraftConfig
+from eagle3_ray.model.config import DraftConfig, LayerConfig
 from eagle3_ray.model.draft import Eagle3Draft, RotaryTable, rotate
 from eagle3_ray.model.layout import build_layout
 from eagle3_ray.model.loss import TargetHead
@@ -21,7 +21,7 @@ ROPE = {"rope_type": "llama3", "rope_theta": 5e4, "factor": 8.0, "high_freq_fact
 
 
 def make_config(num_layers: int = 1, **options: bool) -> DraftConfig:
-    layer = LlamaConfig(
+    llama = LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=HIDDEN,
         intermediate_size=24,
@@ -33,6 +33,7 @@ def make_config(num_layers: int = 1, **options: bool) -> DraftConfig:
         rope_parameters={**ROPE, "original_max_position_embeddings": 256},
     )
     flags = {"norm_before_residual": True, "norm_before_fc": False, "fc_norm": False, "norm_output": False} | options
+    layer = LayerConfig.from_llama(llama)
     return DraftConfig(
         layer, DRAFT_VOCAB, (2, 4, 5), STEPS, **flags, verifier_name_or_path="", verifier_architectures=()
     )
@@ -163,10 +164,12 @@ def test_an_empty_bin_gives_every_parameter_a_zero_gradient() -> None:
     "rope", [{"rope_type": "default", "rope_theta": 123.0}, ROPE | {"original_max_position_embeddings": 64}]
 )
 def test_rotary_angles_equal_transformers(rope: dict[str, float]) -> None:
-    layer = LlamaConfig(hidden_size=32, num_attention_heads=4, head_dim=8, rope_parameters=rope)
+    llama = LlamaConfig(hidden_size=32, num_attention_heads=4, head_dim=8, rope_parameters=rope)
     positions = torch.tensor([0, 1, 17, 300])
-    expected = LlamaRotaryEmbedding(layer)(torch.zeros(1, dtype=torch.float32), positions[None])
-    for found, wanted in zip(RotaryTable(layer)(positions, torch.float32), expected, strict=True):
+    expected = LlamaRotaryEmbedding(llama)(torch.zeros(1, dtype=torch.float32), positions[None])
+    for found, wanted in zip(
+        RotaryTable(LayerConfig.from_llama(llama))(positions, torch.float32), expected, strict=True
+    ):
         assert torch.equal(found[:, 0], wanted[0])
 
 

@@ -8,21 +8,23 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
-from eagle3_ray.model.config import DraftConfig
+from eagle3_ray.model.config import DraftConfig, LayerConfig
 from eagle3_ray.model.initial import initial_weights
 from eagle3_ray.model.verifier import VerifierTensors
 
 HIDDEN, VOCAB, KEPT = 64, 200, torch.tensor([0, 7, 50, 199])
 CONFIG = DraftConfig(
-    layer=LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.03,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    layer=LayerConfig.from_llama(
+        LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=HIDDEN,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            initializer_range=0.03,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        )
     ),
     draft_vocab_size=len(KEPT),
     aux_layer_ids=(2, 4, 5),
