@@ -1,18 +1,27 @@
 """Tokens a second and peak memory of the training step on this machine, as a share of its matrix-multiply rate.
 
-    python -m tests.benchmarks.step [--hidden 1024 --steps 3 --dtype fp32 ...]
+    python -m tests.benchmarks.step [--hidden 1024 --steps 3 --dtype fp32 ...] [--peer peer/bin/python]
 
 The operations counted are those the computation needs (FACTS of EAGLE-3: step-0 keys and values of every token, all
-else of supervised rows alone), so a share of 1 would be perfect. Needs no Ray. Prints one JSON object.
+else of supervised rows alone), so a share of 1 would be perfect. With `--peer`, speculators then makes the same step
+from the same weights and bin (see `peer_step.py`), and the first loss and gradient norm of both must agree. Needs no
+Ray. Prints one JSON object.
 """
 
 import argparse
 import json
+import os
+import resource
+import subprocess
 import tempfile
 import time
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import LlamaConfig
 
 from eagle3_ray.data.batch import PackedBin
@@ -23,6 +32,8 @@ from eagle3_ray.training.meter import peak_memory_bytes
 from eagle3_ray.training.optim import build_optimizer, set_learning_rate
 from eagle3_ray.training.sharding import build_sharded_draft
 from eagle3_ray.training.step import StepSettings, train_step
+
+LEARNING_RATE = 1e-4
 
 
 def read_arguments() -> argparse.Namespace:
@@ -35,6 +46,7 @@ def read_arguments() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--supervised", type=float, default=0.5, help="share of each document's tail, 0..1")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--peer", help="Python of a virtual environment with speculators")
     return parser.parse_args()
 
 
@@ -97,16 +109,67 @@ def matmul_flop_per_s(dtype: torch.dtype, device: torch.device, size: int = 2048
     return 2 * size**3 / best
 
 
-def time_steps(draft: Eagle3Draft, head: TargetHead, packed: PackedBin, settings: StepSettings, repeats: int) -> float:
-    """Seconds of the fastest of some steps, after one that is not counted."""
+def time_steps(
+    draft: Eagle3Draft, head: TargetHead, packed: PackedBin, settings: StepSettings, repeats: int
+) -> dict[str, float]:
+    """Speed of the fastest of some steps, after one that is not counted; loss and gradient norm of that one."""
     optimizer = build_optimizer(draft.parameters(), 0.0, settings.device)
-    set_learning_rate(optimizer, 1e-4)
-    best = float("inf")
+    set_learning_rate(optimizer, LEARNING_RATE)
+    resident_bytes = held_bytes(settings.device) + 8 * sum(p.numel() for p in draft.parameters() if p.requires_grad)
+    seconds, first = [], {}
     for repeat in range(repeats + 1):
         start = time.perf_counter()
-        train_step(draft, optimizer, head, [packed], 0, settings)
-        best = min(best, time.perf_counter() - start) if repeat else best
-    return best
+        sums, grad_norm, _ = train_step(draft, optimizer, head, [packed], 0, settings)
+        losses = (sums[0] / sums[1].clamp(min=1)).tolist()  # waits for the device
+        seconds.append(time.perf_counter() - start)
+        if repeat == 0:
+            first = {"first_loss": sum(losses), "first_grad_norm": grad_norm}
+    return {
+        "tokens_per_s": packed.num_tokens / min(seconds[1:]),
+        "memory_above_weights_bytes": peak_memory_bytes(settings.device) - resident_bytes,
+        **first,
+    }
+
+
+def held_bytes(device: torch.device) -> int:
+    """What weights and inputs take before the first step; the optimizer's two moments come with it."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def run_peer(arguments: argparse.Namespace, config: DraftConfig, weights: dict[str, Tensor]) -> dict[str, Any]:
+    """Return what `peer_step.py` prints of the same step, from weights and bin in files."""
+    packed = make_bin(arguments)
+    names = ("input_ids", "aux_states", "last_state", "loss_mask", "document_ids", "position_ids")
+    plan = {**vars(arguments), "layer": dict(config.layer.written), "lr": LEARNING_RATE}
+    with tempfile.TemporaryDirectory() as folder:
+        save_file({name: getattr(packed, name) for name in names}, f"{folder}/bin.safetensors")
+        save_file(weights, f"{folder}/draft.safetensors")
+        Path(folder, "step.json").write_text(json.dumps(plan | {"threads": torch.get_num_threads()}))
+        done = subprocess.run(
+            [arguments.peer, str(Path(__file__).with_name("peer_step.py")), folder],
+            env=os.environ | {"TORCHDYNAMO_DISABLE": "1"},  # its faster setting on CPUs
+            stdout=subprocess.PIPE,
+            check=True,
+        )
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def compare(own: dict[str, float], peer: dict[str, Any], dtype: torch.dtype) -> dict[str, object]:
+    """Return ratios of speed and memory, once both are seen to have computed the same."""
+    tolerance = 1e-4 if dtype == torch.float32 else 0.05
+    for name in ("first_loss", "first_grad_norm"):
+        assert abs(own[name] - peer[name]) <= tolerance * abs(peer[name]), (name, own[name], peer[name])
+    return {
+        "peer": f"speculators {peer['version']}",
+        "peer_tokens_per_s": round(peer["tokens_per_s"], 1),
+        "times_peer_tokens_per_s": round(own["tokens_per_s"] / peer["tokens_per_s"], 2),
+        "peer_memory_above_weights_gib": round(peer["memory_above_weights_bytes"] / 2**30, 2),
+        "times_peer_memory": round(own["memory_above_weights_bytes"] / peer["memory_above_weights_bytes"], 2),
+    }
 
 
 def main() -> None:
@@ -114,6 +177,10 @@ def main() -> None:
     arguments = read_arguments()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if arguments.dtype == "fp32" else torch.bfloat16
+    config = make_config(arguments)
+    torch.manual_seed(0)
+    weights = dict(Eagle3Draft(config).state_dict())
+    head_weight = torch.randn(arguments.draft_vocab, arguments.hidden).mul_(0.02)
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
@@ -121,23 +188,24 @@ def main() -> None:
             rank=0,
             world_size=1,
         )
-        config = make_config(arguments)
-        torch.manual_seed(0)
-        draft = build_sharded_draft(config, dict(Eagle3Draft(config).state_dict()), device, dtype)
-        head_weight = torch.randn(arguments.draft_vocab, arguments.hidden).mul_(0.02).to(device, dtype)
-        head = TargetHead(head_weight, torch.ones(arguments.hidden, device=device, dtype=dtype), 1e-6)
-        settings = StepSettings(arguments.steps, 1.0, 0.05, 0, 1.0, device, dtype)
-        seconds = time_steps(draft, head, make_bin(arguments), settings, arguments.repeats)
+        draft = build_sharded_draft(config, weights, device, dtype)
+        head = TargetHead(head_weight.to(device, dtype), torch.ones(arguments.hidden, device=device, dtype=dtype), 1e-6)
+        # Without noise, which the peer would draw otherwise.
+        settings = StepSettings(arguments.steps, 1.0, 0.0, 0, 1.0, device, dtype)
+        own = time_steps(draft, head, make_bin(arguments), settings, arguments.repeats)
         dist.destroy_process_group()
     rate = matmul_flop_per_s(dtype, device)
     result = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu x{torch.get_num_threads()}",
-        **vars(arguments),
-        "tokens_per_s": round(arguments.tokens / seconds, 1),
-        "share_of_matmul_rate": round(needed_flop(arguments) / seconds / rate, 3),
+        **{name: value for name, value in vars(arguments).items() if name != "peer"},
+        "tokens_per_s": round(own["tokens_per_s"], 1),
+        "share_of_matmul_rate": round(needed_flop(arguments) * own["tokens_per_s"] / arguments.tokens / rate, 3),
         "matmul_gflop_per_s": round(rate / 1e9, 1),
-        "peak_memory_gib": round(peak_memory_bytes(device) / 2**30, 2),
+        "memory_above_weights_gib": round(own["memory_above_weights_bytes"] / 2**30, 2),
     }
+    if arguments.peer:
+        verifier = {"verifier_lm_head.weight": head_weight, "verifier_norm.weight": torch.ones(arguments.hidden)}
+        result |= compare(own, run_peer(arguments, config, weights | verifier), dtype)
     print(json.dumps(result))
 
 
