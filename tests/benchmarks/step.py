@@ -9,6 +9,7 @@ Ray. Prints one JSON object.
 """
 
 import argparse
+import datetime
 import json
 import os
 import resource
@@ -196,6 +197,8 @@ def main() -> None:
         dist.destroy_process_group()
     rate = matmul_flop_per_s(dtype, device)
     result = {
+        "date": datetime.date.today().isoformat(),
+        "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu x{torch.get_num_threads()}",
         **{name: value for name, value in vars(arguments).items() if name != "peer"},
         "tokens_per_s": round(own["tokens_per_s"], 1),
