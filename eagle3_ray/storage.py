@@ -12,6 +12,7 @@ Source: pyarrow.fs (Arrow's S3FileSystem and GcsFileSystem).
 
 import contextlib
 import datetime
+import errno
 import functools
 import io
 import os
@@ -363,6 +364,8 @@ def telling(path: StoragePath, may_be_absent: bool = True) -> Iterator[None]:
     except (OSError, pyarrow.ArrowException) as error:  # the latter for a file of credentials that cannot be read
         if may_be_absent and isinstance(error, FileNotFoundError):
             raise
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise  # a disk of this machine, which the store's content goes to
         found = " ".join(str(error).split())[:MAX_ERROR_LENGTH]
         raise StorageError(f"{path}: the object store cannot be used ({found}). {STORES[path.scheme]}") from error
 

@@ -58,7 +58,7 @@ def run(settings: TrainSettings) -> None:
     check_outlives_job(settings.save_path, "--save-path")
     if settings.logger_names:
         check_outlives_job(settings.log_dir, "--log-dir")
-    with told_where_to_go_on(settings.save_path):
+    with told_where_to_go_on(settings):
         verifier = read_verifier_config(settings.verifier_name_or_path)
         with ray_session(job_metadata=describe_job(settings)), ProgressBoard() as board:
             job = carry_out(settings, verifier, board.channel)
@@ -88,26 +88,31 @@ def carry_out(settings: TrainSettings, verifier: VerifierInfo, channel: Channel)
         stopped_by = fit(job, workers)
         saved = latest_committed(settings.save_path)
         if stopped_by is not None and saved is not None and not job.is_complete(saved):
-            saved_there = f" at step {saved.step}; saved {saved.path}; the same command goes on from there"
-            raise Stopped(stopped_by, saved_there)
+            raise Stopped(stopped_by, f" at step {saved.step}; saved {saved.path}; {how_to_go_on(settings)}")
     return job
 
 
 @contextmanager
-def told_where_to_go_on(save_dir: StoragePath) -> Iterator[None]:
+def told_where_to_go_on(settings: TrainSettings) -> Iterator[None]:
     """Complete the word about a stop within the block that saved nothing."""
     try:
         yield
     except KeyboardInterrupt as error:
         stop = as_stopped(error)
         if not stop.detail:
-            saved = latest_committed(save_dir)
+            saved = latest_committed(settings.save_path)
             stop.detail = (
                 "; nothing was saved; the same command starts again"
                 if saved is None
-                else f"; nothing was saved since {saved.path} (step {saved.step}); the same command goes on from there"
+                else f"; nothing was saved since {saved.path} (step {saved.step}); {how_to_go_on(settings)}"
             )
         raise stop from None
+
+
+def how_to_go_on(settings: TrainSettings) -> str:
+    """Return what to type where there is a checkpoint: not what would start over again."""
+    command = "the same command" if settings.resume_from_checkpoint else "without --no-resume-from-checkpoint it"
+    return f"{command} goes on from there"
 
 
 def describe_job(settings: TrainSettings) -> dict[str, str]:

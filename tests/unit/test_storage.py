@@ -1,5 +1,6 @@
 """Paths on an object store, against a real S3 server; pathlib on the same tree is the oracle."""
 
+import errno
 import os
 import pickle
 import signal
@@ -22,6 +23,7 @@ from eagle3_ray.storage import (
     list_objects,
     local_copy,
     remove_tree,
+    telling,
     to_path,
     write_atomically,
 )
@@ -107,6 +109,10 @@ def test_a_full_disk_is_not_the_stores_fault(trees: tuple[ObjectPath, Path], tmp
     with pytest.raises(OSError, match="No space left on device") as caught:
         copy_objects(trees[0] / "run", ["run.yaml"], tmp_path / "full")
     assert not isinstance(caught.value, StorageError)
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as Arrow raises it where it copies by itself
+    with pytest.raises(OSError, match="No space left on device") as caught, telling(trees[0]):
+        raise full
+    assert caught.value is full
 
 
 def test_names_that_would_lead_out_of_a_folder_are_passed_over(s3_bucket: ObjectPath, tmp_path: Path) -> None:
