@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from eagle3_ray.model.attention import DocumentAttention, merge_diagonals
+from eagle3_ray.model.attention import DocumentAttention
 from eagle3_ray.model.config import DraftConfig, LayerConfig
 from eagle3_ray.model.layout import TttLayout
 from eagle3_ray.model.loss import TargetHead, compare_with_targets, sum_matches
@@ -39,8 +39,8 @@ class DraftInputs:
         last_state: [T, H] the verifier's last hidden state, in the compute dtype.
         position_ids: [T] int64.
         layout: Its index tensors on the device (`layout.counts` may stay on the host).
-        attend_rows: Attention of `layout.rows` over step 0.
-        attend_all: Attention of every index over step 0, built when first used: a draft of one layer never does.
+        attend_rows: Attention of `layout.rows`.
+        attend_all: Attention of every index, built when first used: a draft of one layer never does.
     """
 
     input_ids: Tensor
@@ -216,8 +216,7 @@ class Eagle3Draft(nn.Module):
                 attention_input, residual = layer.prepare(hidden, embeds)
                 cache.diagonal.append(layer.self_attn.project_keys_values(attention_input, rotation))
                 queries = layer.self_attn.project_queries(attention_input, rotation)
-                output, log_sum_exp = attend_rows(queries, cache.keys, cache.values)
-                hidden = layer.finish(merge_diagonals(output, log_sum_exp, queries, cache.diagonal), residual)
+                hidden = layer.finish(attend_rows(queries, cache.keys, cache.values, cache.diagonal), residual)
             states.append(self.norm(hidden))
         return states
 
@@ -246,6 +245,6 @@ class Eagle3Draft(nn.Module):
                 attend = inputs.attend_rows
                 attention_input, residual = attention_input[rows], residual[rows]
                 rotation = (rotation[0][rows], rotation[1][rows])
-            output, _ = attend(layer.self_attn.project_queries(attention_input, rotation), keys, values)
-            hidden = layer.finish(output, residual)
+            queries = layer.self_attn.project_queries(attention_input, rotation)
+            hidden = layer.finish(attend(queries, keys, values, ()), residual)
         return hidden, caches

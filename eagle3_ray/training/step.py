@@ -153,7 +153,7 @@ def prepare_inputs(packed: PackedBin, layout: TttLayout, settings: StepSettings)
             is_valid=layout.is_valid.to(device, non_blocking=True),
         ),
         attend_rows=attend_rows,
-        attend_all=lambda queries, keys, values: build_attend_all()(queries, keys, values),
+        attend_all=lambda queries, keys, values, diagonal: build_attend_all()(queries, keys, values, diagonal),
     )
 
 

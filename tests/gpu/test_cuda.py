@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from eagle3_ray.model.attention import build_document_attention, merge_diagonals
+from eagle3_ray.model.attention import build_document_attention
 from eagle3_ray.model.draft import Eagle3Draft
 from eagle3_ray.model.layout import build_layout
 from eagle3_ray.model.loss import TargetHead
@@ -30,10 +30,8 @@ def attend(device: str, dtype: torch.dtype) -> list[Tensor]:
     shapes = [(len(rows), 8, 64), *[(num_tokens, 2, 64)] * 2, *[(len(rows), 2, 64)] * 4]
     inputs = [torch.randn(shape, generator=generator).to(dtype).to(device).requires_grad_() for shape in shapes]
     queries, keys, values, k1, v1, k2, v2 = inputs
-    output, log_sum_exp = build_document_attention(documents, rows, num_tokens, torch.device(device))(
-        queries, keys, values
-    )
-    merged = merge_diagonals(output, log_sum_exp, queries, [(k1, v1), (k2, v2)])
+    attend_rows = build_document_attention(documents, rows, num_tokens, torch.device(device))
+    merged = attend_rows(queries, keys, values, [(k1, v1), (k2, v2)])
     weight = torch.randn(merged.shape, generator=generator).to(dtype).to(device)
     grads = torch.autograd.grad((merged * weight).sum(), inputs)
     return [tensor.detach().float().cpu() for tensor in (merged, *grads)]
