@@ -5,6 +5,7 @@ computed once and compared with all P steps; and because each position's weight 
 gradients with respect to the hidden states and the head are formed on the spot, in the forward pass.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ SUM_NAMES = (
 )
 
 # Elements of one fp32 logits chunk [P, chunk, V]: 64 MiB each, and a handful live at a time.
-CHUNK_ELEMENTS = 2**24
+CHUNK_ELEMENTS = 2**22
 
 
 @dataclass(frozen=True)
@@ -92,26 +93,43 @@ class _ChunkedForwardKl(torch.autograd.Function):
         needs_grad: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         num_steps, num_targets, _ = states_PNH.shape
-        accumulate = torch.promote_types(states_PNH.dtype, torch.float32)
+        vocab_size, dtype = head_weight.shape[0], states_PNH.dtype
+        accumulate = torch.promote_types(dtype, torch.float32)
         grad_states = torch.empty_like(states_PNH) if needs_grad else None
         grad_head = torch.zeros_like(head_weight, dtype=accumulate) if needs_grad else None
         kl_PN = states_PNH.new_empty(num_steps, num_targets, dtype=accumulate)
         is_match = torch.empty_like(is_valid)
-        chunk = max(1, CHUNK_ELEMENTS // (num_steps * head_weight.shape[0]))
+        # A position's weight is put on H numbers of its gradients rather than on V.
+        scale_PN1 = (is_valid * weights.unsqueeze(1)).unsqueeze(-1).to(dtype)
+        chunk = min(num_targets, max(1, CHUNK_ELEMENTS // (num_steps * vocab_size)))
+        # The same memory for every chunk: on a CPU fresh pages cost more than the arithmetic on them.
+        rounded = head_weight.new_empty(num_steps * chunk * vocab_size, dtype=dtype)
+        exact = rounded if dtype == accumulate else torch.empty_like(rounded, dtype=accumulate)
+        probs = torch.empty_like(exact[: chunk * vocab_size])
         for start in range(0, num_targets, chunk):
-            part = slice(start, start + chunk)
-            target_logp_NV = (target_states[part] @ target_weight.T).to(accumulate).log_softmax(-1)
-            target_probs_NV = target_logp_NV.exp()
-            states_PCH = states_PNH[:, part]
-            logits_PCV = (states_PCH @ head_weight.T).to(accumulate)
-            is_match[:, part] = logits_PCV.argmax(-1) == target_logp_NV.argmax(-1)
-            logp_PCV = logits_PCV.log_softmax(-1)
-            kl_PN[:, part] = (target_probs_NV * (target_logp_NV - logp_PCV)).sum(-1)
+            part = slice(start, min(start + chunk, num_targets))
+            size = part.stop - start
+            shape = (num_steps, size, vocab_size)
+            rounded_PCV, exact_PCV = (buffer[: math.prod(shape)].view(shape) for buffer in (rounded, exact))
+            target_logits_CV = _project(target_states[part], target_weight, rounded_PCV[0], exact_PCV[0])
+            target_argmax_C, target_lse_C, target_probs_CV = _softmax(
+                target_logits_CV, out=probs[: size * vocab_size].view(size, vocab_size)
+            )
+            # KL = sum p log p - sum p log q, each by its logits and their log-sum-exp: no tensor of logarithms.
+            kl_PN[:, part] = _dot(target_logits_CV.unsqueeze(0), target_probs_CV) - target_lse_C
+            states_MH = states_PNH[:, part].flatten(0, 1)
+            logits_PCV = _project(states_MH, head_weight, rounded_PCV.flatten(0, 1), exact_PCV.flatten(0, 1)).view(
+                shape
+            )
+            kl_PN[:, part] -= _dot(logits_PCV, target_probs_CV)
+            argmax_PC, lse_PC, probs_PCV = _softmax(logits_PCV, out=logits_PCV)
+            kl_PN[:, part] += lse_PC
+            is_match[:, part] = argmax_PC == target_argmax_C
             if grad_states is not None and grad_head is not None:
-                scale_PC1 = (is_valid[:, part] * weights.unsqueeze(1)).unsqueeze(-1)
-                grad_logits = (logp_PCV.exp_().sub_(target_probs_NV).mul_(scale_PC1)).to(states_PNH.dtype)
-                grad_states[:, part] = grad_logits @ head_weight
-                grad_head += grad_logits.flatten(0, 1).T @ states_PCH.flatten(0, 1)
+                torch.sub(probs_PCV, target_probs_CV, out=rounded_PCV)
+                grad_logits_MV, scale_M1 = rounded_PCV.flatten(0, 1), scale_PN1[:, part].flatten(0, 1)
+                grad_states[:, part] = ((grad_logits_MV @ head_weight) * scale_M1).unflatten(0, shape[:2])
+                _add_product(grad_head, grad_logits_MV.T, states_MH * scale_M1)
         loss_sums = torch.where(is_valid, kl_PN, 0).sum(1, dtype=torch.float64)
         if grad_states is not None and grad_head is not None:
             ctx.save_for_backward(grad_states, grad_head.to(head_weight.dtype))
@@ -122,6 +140,33 @@ class _ChunkedForwardKl(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         grad_states, grad_head = ctx.saved_tensors
         return grad_states * grad_loss, grad_head * grad_loss, None, None, None, None, None
+
+
+def _project(states_MH: Tensor, weight_VH: Tensor, rounded_MV: Tensor, exact_MV: Tensor) -> Tensor:
+    """Write logits to `rounded_MV`, and return them in at least fp32, in `exact_MV` (which may be the same memory)."""
+    torch.mm(states_MH, weight_VH.T, out=rounded_MV)
+    return rounded_MV if rounded_MV.dtype == exact_MV.dtype else exact_MV.copy_(rounded_MV)
+
+
+def _softmax(logits: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return argmax [...], log-sum-exp [...] and softmax [..., V] of logits [..., V], the last in `out`."""
+    peak, argmax = logits.max(-1)
+    torch.softmax(logits, -1, out=out)
+    # The largest probability, at least 1/V, is exp(peak - log-sum-exp).
+    return argmax, peak - out.gather(-1, argmax.unsqueeze(-1)).squeeze(-1).log(), out
+
+
+def _dot(logits_PCV: Tensor, probs_CV: Tensor) -> Tensor:
+    """[P, C]: sum of each row of the logits, weighted by that target's probabilities."""
+    return (logits_PCV.movedim(0, 1) @ probs_CV.unsqueeze(-1)).squeeze(-1).T
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add `left @ right` to a total of at least fp32, in place."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
 
 
 def sum_matches(loss_sums: Tensor, is_match: Tensor, layout: TttLayout) -> Tensor:
