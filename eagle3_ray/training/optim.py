@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], weight_decay: float, device: torch.device) -> torch.optim.AdamW:
+def build_optimizer(parameters: Iterable[nn.Parameter], weight_decay: float) -> torch.optim.AdamW:
     """Return AdamW (betas 0.9/0.999) over the trained parameters; the rate is set before every update."""
     trained = [p for p in parameters if p.requires_grad]
-    return torch.optim.AdamW(trained, lr=0.0, weight_decay=weight_decay, fused=device.type == "cuda")
+    return torch.optim.AdamW(trained, lr=0.0, weight_decay=weight_decay, fused=True)
 
 
 def warmup_steps(total_steps: int, warmup_frac: float) -> int:

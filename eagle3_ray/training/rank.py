@@ -85,7 +85,7 @@ def start_rank(job: TrainJob) -> Rank:
     tensors = load_verifier_tensors(job.verifier)
     weights = initial_weights(job.draft_config, tensors, job.mapping.kept_ids, settings.seed) if number == 0 else None
     draft = build_sharded_draft(job.draft_config, weights, device, compute_dtype)
-    optimizer = build_optimizer(draft.parameters(), settings.weight_decay, device)
+    optimizer = build_optimizer(draft.parameters(), settings.weight_decay)
     checkpoint = latest_committed(job.save_dir)
     if checkpoint is not None:
         check_same_run(checkpoint, job.identity)

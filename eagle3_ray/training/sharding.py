@@ -1,7 +1,10 @@
-"""The only file that knows FSDP2: shard a draft over the ranks, fill it from rank 0, gather it again.
+"""The only file that knows FSDP2: shard a draft over the ranks, fill it from rank 0, run it, gather it again.
 
 The draft is one FSDP unit: every TTT step reads every weight, so gathering once for the whole unroll moves the
 fewest bytes. The frozen embedding is no part of it: it has no gradient to reduce, and each rank holds a copy.
+
+One rank alone has nothing to gather or to reduce, and is spared FSDP's copies of weights and gradients: it casts
+its fp32 masters to the compute dtype itself, as FSDP would, and autograd brings the gradients back to fp32.
 """
 
 from collections.abc import Mapping
@@ -15,7 +18,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from eagle3_ray.model.config import DraftConfig
-from eagle3_ray.model.draft import Eagle3Draft
+from eagle3_ray.model.draft import DraftInputs, Eagle3Draft, TttOutput
+from eagle3_ray.model.loss import TargetHead
 
 FROZEN = "embed_tokens.weight"
 
@@ -35,6 +39,17 @@ def build_sharded_draft(
     """
     with torch.device("meta"):
         draft = Eagle3Draft(config)
+    if dist.get_world_size() > 1:
+        _shard(draft, device, compute_dtype)
+    draft.to_empty(device=device)
+    # Strict: memory that to_empty left uninitialised (norms, once, upstream) must be overwritten in full.
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True)
+    set_model_state_dict(draft, dict(weights or {}), options=options)
+    draft.embed_tokens.to(compute_dtype)
+    return draft
+
+
+def _shard(draft: Eagle3Draft, device: torch.device, compute_dtype: torch.dtype) -> None:
     # A sum, not a mean: the loss is divided by the global count of targets before it is differentiated.
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     embedding = draft.get_parameter(FROZEN)
@@ -43,12 +58,18 @@ def build_sharded_draft(
     assert isinstance(draft, FSDPModule)  # fully_shard adds it to the draft's own class
     draft.set_gradient_divide_factor(1.0)
     draft.set_force_sum_reduction_for_comms(True)
-    draft.to_empty(device=device)
-    # Strict: memory that to_empty left uninitialised (norms, once, upstream) must be overwritten in full.
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True)
-    set_model_state_dict(draft, dict(weights or {}), options=options)
-    draft.embed_tokens.to(compute_dtype)
-    return draft
+
+
+def run_draft(
+    draft: Eagle3Draft, inputs: DraftInputs, target_head: TargetHead, weights: Tensor, compute_dtype: torch.dtype
+) -> TttOutput:
+    """Unroll the draft over a bin in the compute dtype; arguments as in `Eagle3Draft.forward`. collective."""
+    if isinstance(draft, FSDPModule) or compute_dtype == torch.float32:
+        output: TttOutput = draft(inputs, target_head, weights)
+    else:
+        cast = {name: parameter.to(compute_dtype) for name, parameter in draft.named_parameters()}
+        output = torch.func.functional_call(draft, cast, (inputs, target_head, weights))
+    return output
 
 
 def trained_state(draft: Eagle3Draft) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from eagle3_ray.model.attention import DocumentAttention, build_document_attenti
 from eagle3_ray.model.draft import DraftInputs, Eagle3Draft
 from eagle3_ray.model.layout import TttLayout, build_layout
 from eagle3_ray.model.loss import TargetHead
-from eagle3_ray.training.sharding import clip_grad_norm
+from eagle3_ray.training.sharding import clip_grad_norm, run_draft
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,8 @@ def train_step(
     sums = torch.zeros(6, settings.num_ttt_steps, dtype=torch.float64, device=settings.device)
     for packed, layout in zip(bins, layouts, strict=True):
         inputs = prepare_inputs(packed, layout, settings)
-        output = draft(add_noise(inputs, epoch, packed.number, settings), target_head, weights)
+        inputs = add_noise(inputs, epoch, packed.number, settings)
+        output = run_draft(draft, inputs, target_head, weights, settings.compute_dtype)
         output.loss.backward()
         sums += output.sums
     trained = [p for p in draft.parameters() if p.requires_grad]
@@ -110,8 +111,8 @@ def eval_step(draft: Eagle3Draft, target_head: TargetHead, packed: PackedBin, se
     """Return this rank's sums [6, P] float64 of one bin, without noise. collective: every rank calls it."""
     layout = build_layout(packed.document_ids, packed.loss_mask, packed.num_tokens, settings.num_ttt_steps)
     weights = torch.ones(settings.num_ttt_steps, device=settings.device)
-    sums: Tensor = draft(prepare_inputs(packed, layout, settings), target_head, weights).sums
-    return sums
+    inputs = prepare_inputs(packed, layout, settings)
+    return run_draft(draft, inputs, target_head, weights, settings.compute_dtype).sums
 
 
 def agree_on_step(layouts: Sequence[TttLayout], settings: StepSettings, wants_stop: bool) -> tuple[Tensor, Tensor]:

@@ -114,7 +114,7 @@ def time_steps(
     draft: Eagle3Draft, head: TargetHead, packed: PackedBin, settings: StepSettings, repeats: int
 ) -> dict[str, float]:
     """Speed of the fastest of some steps, after one that is not counted; loss and gradient norm of that one."""
-    optimizer = build_optimizer(draft.parameters(), 0.0, settings.device)
+    optimizer = build_optimizer(draft.parameters(), 0.0)
     set_learning_rate(optimizer, LEARNING_RATE)
     resident_bytes = held_bytes(settings.device) + 8 * sum(p.numel() for p in draft.parameters() if p.requires_grad)
     seconds, first = [], {}

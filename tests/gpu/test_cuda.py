@@ -54,7 +54,7 @@ def process_group(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def train(case: str, compute_dtype: torch.dtype, num_steps: int) -> tuple[Eagle3Draft, list[list[float]]]:
     device = torch.device("cuda")
     draft = build_sharded_draft(load_config(case), load_weights(case), device, compute_dtype)
-    optimizer = build_optimizer(draft.parameters(), 0.01, device)
+    optimizer = build_optimizer(draft.parameters(), 0.01)
     on_cpu = load_target_head()
     assert on_cpu.norm_weight is not None
     head = TargetHead(on_cpu.weight.to(device, compute_dtype), on_cpu.norm_weight.to(device, compute_dtype), on_cpu.eps)

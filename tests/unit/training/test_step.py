@@ -21,7 +21,7 @@ from eagle3_ray.training.optim import build_optimizer, learning_rate, set_learni
 from eagle3_ray.training.sharding import gather_weights
 from eagle3_ray.training.step import add_noise, eval_step, prepare_inputs, sum_over_ranks, train_step
 from tests.unit.training.ranks import run_on_ranks
-from tests.unit.training.world import CPU, build_draft, filler, load_bins, load_mapping, load_target_head, step_settings
+from tests.unit.training.world import build_draft, filler, load_bins, load_mapping, load_target_head, step_settings
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
 
@@ -30,7 +30,7 @@ def train_dealt_out(case: str, num_steps: int, noise_std: float) -> tuple[list[l
     """Train on both bins in every step, dealt out over the ranks there are; losses [steps][P] and final weights."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     draft, settings, target_head = build_draft(case), step_settings(noise_std), load_target_head()
-    optimizer = build_optimizer(draft.parameters(), 0.01, CPU)
+    optimizer = build_optimizer(draft.parameters(), 0.01)
     rows = load_bins() + [filler()] * (-2 % world_size)
     losses = []
     for step in range(num_steps):
@@ -75,7 +75,7 @@ def train_while_one_rank_wants_to_stop() -> tuple[list[bool], bool]:
     weights, said = [], []
     for wants_stop in (True, False):
         draft, settings, target_head = build_draft(), step_settings(0.05), load_target_head()
-        optimizer = build_optimizer(draft.parameters(), 0.01, CPU)
+        optimizer = build_optimizer(draft.parameters(), 0.01)
         for step in range(3):
             bins, wants = load_bins()[rank : rank + 1], wants_stop and rank == last and step == 1
             said.append(train_step(draft, optimizer, target_head, bins, step, settings, wants).is_stopping)
@@ -92,7 +92,7 @@ def test_one_rank_that_wants_to_stop_stops_all_and_changes_no_update(tmp_path: P
 def train_golden(num_steps: int) -> list[float]:
     """Total loss of each of `num_steps` updates under the real schedule and noise."""
     draft, settings, target_head = build_draft(), step_settings(0.05), load_target_head()
-    optimizer = build_optimizer(draft.parameters(), 0.0, CPU)
+    optimizer = build_optimizer(draft.parameters(), 0.0)
     losses = []
     for step in range(num_steps):
         set_learning_rate(optimizer, learning_rate(step, num_steps, warmup_steps(num_steps, 0.1), 2e-3))
@@ -141,7 +141,7 @@ def test_v0_and_v1_of_the_same_samples_give_the_same_losses(alone: dict[str, Any
 
 def weights_after_a_bad_bin() -> tuple[str, bool, float]:
     draft, optimizer_lr = build_draft(), 1e-3
-    optimizer = build_optimizer(draft.parameters(), 0.0, CPU)
+    optimizer = build_optimizer(draft.parameters(), 0.0)
     set_learning_rate(optimizer, optimizer_lr)
     before = gather_weights(draft, torch.float32)
     good, bad = load_bins()
@@ -168,7 +168,7 @@ def train_in_bf16() -> tuple[float, float, set[torch.dtype], bool]:
     assert head.norm_weight is not None
     head = TargetHead(head.weight.bfloat16(), head.norm_weight.bfloat16(), head.eps)
     settings = replace(step_settings(), compute_dtype=torch.bfloat16)
-    optimizer = build_optimizer(draft.parameters(), 0.0, CPU)
+    optimizer = build_optimizer(draft.parameters(), 0.0)
     losses = []
     for _ in range(6):
         set_learning_rate(optimizer, 1e-3)
@@ -188,7 +188,7 @@ def test_bf16_compute_keeps_fp32_masters_and_starts_at_the_fp32_loss(alone: dict
 def restore_what_was_cut_short() -> str:
     """Text of the error that a checkpoint gives whose state lost its second half."""
     draft = build_draft()
-    optimizer = build_optimizer(draft.parameters(), 0.0, CPU)
+    optimizer = build_optimizer(draft.parameters(), 0.0)
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(Path(folder), draft, optimizer, load_mapping(), {})
         restore_checkpoint(Path(folder) / "state", draft, optimizer)
