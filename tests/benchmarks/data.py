@@ -1,6 +1,6 @@
 """What the data path costs: bytes of samples a second, of the clock and of the CPU, from files to a bin of tensors.
 
-    python -m tests.benchmarks.data [--hidden 4096 --files 64 --repeats 3 ...]
+    python -m tests.benchmarks.data [--hidden 4096 --files 60 --repeats 3 ...]
 
 Writes v1 files into a temporary folder, has them in the page cache, and brings the same bins of 8192 positions to a
 rank in three ways, in turns, so that noise hits all alike:
@@ -157,16 +157,22 @@ def open_peer(source: BinSource) -> Iterator[Iterator[tuple[int, float]]]:
 # ------------------------------------------------------------------------------------------ measuring
 
 
-def cpu_s_of_tree() -> float:
-    """CPU seconds of this process and all below it: Ray's, its workers', and of those that have ended."""
-    ticks, parents = {}, {}
+def cpu_s_of_tree() -> dict[int, float]:
+    """CPU seconds of this process and of each one below it: Ray's and its workers'."""
+    cpu_s, parents = {}, {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 fields = (folder / "stat").read_text().rpartition(")")[2].split()
                 pid = int(folder.name)
-                parents[pid], ticks[pid] = int(fields[1]), sum(map(int, fields[11:15]))
-    return sum(ticks[pid] for pid in ticks if is_below(pid, os.getpid(), parents)) / CLOCK_TICKS_PER_S
+                parents[pid] = int(fields[1])
+                cpu_s[pid] = (int(fields[11]) + int(fields[12])) / CLOCK_TICKS_PER_S
+    return {pid: used for pid, used in cpu_s.items() if is_below(pid, os.getpid(), parents)}
+
+
+def cpu_s_of_this_process() -> dict[int, float]:
+    """CPU seconds of this process alone."""
+    return {os.getpid(): time.process_time()}
 
 
 def is_below(pid: int, root: int, parents: dict[int, int]) -> bool:
@@ -185,7 +191,11 @@ class Rate(NamedTuple):
 
 
 def measure(
-    source: BinSource, bins: Iterator[tuple[int, float]], num_settle: int, num_bins: int, cpu_s: Callable[[], float]
+    source: BinSource,
+    bins: Iterator[tuple[int, float]],
+    num_settle: int,
+    num_bins: int,
+    cpu_s: Callable[[], dict[int, float]],
 ) -> Rate:
     """Take bins as fast as they come, and count from the `num_settle`-th on."""
     token_bytes = 2 * (NUM_AUX_LAYERS + 1) * source.spec.hidden_size + 8 + 8
@@ -195,7 +205,9 @@ def measure(
     for _ in range(num_bins):
         number, _ = next(bins)
         num_bytes += int(source.index.num_tokens[source.plan.bins[number]].sum()) * token_bytes
-    used_cpu_s, used_s = cpu_s() - start_cpu_s, time.perf_counter() - start_s
+    used_s = time.perf_counter() - start_s
+    # A process that has ended meanwhile was an idle one: Ray ends no other.
+    used_cpu_s = sum(used - start_cpu_s.get(pid, 0.0) for pid, used in cpu_s().items())
     return Rate(num_bytes / used_cpu_s, num_bytes / used_s, used_s / num_bins)
 
 
@@ -219,7 +231,7 @@ def run_turns(source: BinSource, arguments: argparse.Namespace) -> dict[str, lis
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             if name == "peer":
                 with open_peer(source) as bins:
-                    found[name].append(measure(source, bins, 1, arguments.peer_bins, time.process_time))
+                    found[name].append(measure(source, bins, 1, arguments.peer_bins, cpu_s_of_this_process))
             else:
                 with open_stream(source, cast(PackIn, name), arguments.bins + 2 * arguments.settle_bins) as bins:
                     rate = measure(source, bins, arguments.settle_bins, arguments.bins, cpu_s_of_tree)
@@ -251,7 +263,7 @@ def summarize(found: dict[str, list[Rate]], source: BinSource, arguments: argpar
 def main() -> None:
     """Time it and print what was seen."""
     arguments = read_arguments()
-    torch.set_num_threads(1)  # as a loader's process; each path's own threads are counted
+    torch.set_num_threads(1)  # more of them would cost the peer CPU time
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     with tempfile.TemporaryDirectory(prefix="eagle3-data-") as folder, contextlib.ExitStack() as stack:
         write_files(folder, arguments.files, arguments.hidden)
