@@ -49,17 +49,13 @@ TENSORS = ("input_ids", "aux_states", "last_state", "loss_mask", "document_ids",
 # ------------------------------------------------------------------------------------- the stream
 
 
-def build_bin_dataset(
-    source_ref: "ray.ObjectRef[BinSource]", schedule: BinSchedule, start_step: int, end_step: int, pack_in: PackIn
-) -> Dataset:
+def build_bin_dataset(schedule: BinSchedule, start_step: int, end_step: int) -> Dataset:
     """Return the rows of steps [start_step, end_step), dealt out to the ranks: deal k is for rank k mod W.
 
     Args:
-        source_ref: The `BinSource`.
         schedule: Which row belongs where.
         start_step: First optimizer step, counted over all epochs; a resumed run starts here and skips nothing.
-        end_step: One past the last; the last deal goes on beyond it.
-        pack_in: Where samples are read.
+        end_step: One past the last; the last deal may go on beyond it.
     """
     quieten_ray_data()
     steps_per_deal = min(STEPS_PER_DEAL, end_step - start_step)
@@ -173,7 +169,7 @@ def iter_step_bins(
         schedule: As given to `build_bin_dataset`.
         rank: This rank.
         steps: Optimizer steps, counted over all epochs.
-        pack_in: As given to `build_bin_dataset`.
+        pack_in: Where samples are read and checked.
         pin_memory: Page-lock the buffers, for copies beside compute.
         num_prefetch: Steps kept ready.
 

@@ -99,7 +99,7 @@ def open_stream(source: BinSource, pack_in: PackIn, num_bins: int) -> Iterator[I
     """So many bins of a single rank, as (number, seconds waited), by the classes that a training run uses."""
     num_plan_bins = len(source.plan.bins)
     schedule = BinSchedule(num_plan_bins, 1, 1, epochs=-(-num_bins // num_plan_bins))
-    dataset = build_bin_dataset(ray.put(source), schedule, 0, num_bins, pack_in)
+    dataset = build_bin_dataset(schedule, 0, num_bins)
     config = DataConfig(execution_options=bin_execution_options())
     node_ids = [ray.get_runtime_context().get_node_id()]
     shard = config.configure({"train": dataset}, 1, None, node_ids)[0]["train"]

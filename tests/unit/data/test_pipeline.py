@@ -2,7 +2,6 @@
 
 import pickle
 from pathlib import Path
-from typing import Any
 
 import pytest
 import ray
@@ -63,8 +62,7 @@ def test_rows_of_many_deals_reach_their_ranks(
     monkeypatch.setattr(pipeline, "STEPS_PER_DEAL", 2)
     schedule = BinSchedule(23, bins_per_step, num_workers, epochs=2)
     start, end = 1, schedule.total_steps
-    source_ref: Any = ray.put(None)
-    dataset = build_bin_dataset(source_ref, schedule, start, end, "worker")
+    dataset = build_bin_dataset(schedule, start, end)
     node_ids = [ray.get_runtime_context().get_node_id()] * num_workers
     config = DataConfig(execution_options=bin_execution_options())
     shards = [split["train"] for split in config.configure({"train": dataset}, num_workers, None, node_ids)]
