@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from ray.exceptions import RayTaskError
 
+from eagle3_ray.data.flat import FlatStrings
 from eagle3_ray.data.folder import HOW_TO_GET_SAMPLES, BadFiles, list_sample_files
 from eagle3_ray.data.index_cache import FileFacts, read_index_cache, write_index_cache
 from eagle3_ray.data.sample_file import TOKEN_FREQUENCIES
@@ -51,10 +52,15 @@ class SampleIndex:
     """
 
     root: str
-    paths: list[str]
+    paths: Sequence[str]
     num_tokens: NDArray[np.int64]
     num_supervised: NDArray[np.int64]
     num_not_samples: int
+
+    def __reduce__(self) -> tuple[type["SampleIndex"], tuple[object, ...]]:
+        # What every worker gets: without an object a path.
+        paths = FlatStrings(self.paths)
+        return SampleIndex, (self.root, paths, self.num_tokens, self.num_supervised, self.num_not_samples)
 
     def select(self, mask: NDArray[np.bool_]) -> "SampleIndex":
         """Return the samples where `mask` [n] is True, in the same order."""

@@ -19,6 +19,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from eagle3_ray.data.flat import FlatArrays
+
 MIN_GROUP_SAMPLES = 4096
 MIN_GROUP_BINS = 256  # the last bin of a group may stay half empty: let that be little
 FILLER = -1
@@ -38,7 +40,7 @@ class PackingPlan:
     """
 
     total_seq_len: int
-    bins: list[NDArray[np.int64]]
+    bins: FlatArrays
     num_cut: int
     num_dropped: int
     fill_frac: float
@@ -76,7 +78,7 @@ def plan_bins(
     capacity = len(bins) * total_seq_len
     return PackingPlan(
         total_seq_len=total_seq_len,
-        bins=bins,
+        bins=FlatArrays.of(bins),
         num_cut=int((num_tokens[usable] - 1 > total_seq_len).sum()),
         num_dropped=len(num_tokens) - len(usable),
         fill_frac=num_positions / capacity if bins else 0.0,

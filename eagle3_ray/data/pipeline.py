@@ -1,20 +1,22 @@
 """Plan -> Ray Data stream -> bins on a rank, in plan order, checked.
 
-Ray Data carries rows in the order of `BinSchedule`, one row a block, so that `streaming_split` deals row k to rank
-k mod W. The documentation promises no such thing, so each row carries its number and each rank checks it.
+Ray Data deals out the numbers of the rows in the order of `BinSchedule`: blocks of one deal each, which
+`streaming_split` gives to the ranks in turn. The documentation promises no such thing, so each rank checks every row's
+number. It packs the samples into buffers that it uses again; `pack_in` says where they are read and checked:
 
-    pack_in="worker"   a row is its number alone; the rank's own thread reads, packs, and reuses its buffers
-    pack_in="task"     Ray tasks read and pack eight rows at a time; bins cross the object store
+    "worker"   in the rank's own thread            page cache -> buffer: one copy of a byte
+    "task"     in Ray tasks, bins ahead of it      page cache -> object store -> buffer: two copies
 
-Either way a thread keeps the next bins ready, and tells how long the step had to wait for them.
+A task returns its samples as views of the mapped files, which Ray writes into the object store as they are; on the rank
+they are views of the object store. The rank owns them: they go when it goes, and Ray reads them again should a node
+be lost. A thread keeps the next bins ready, and tells how long the step had to wait for them.
 """
 
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -23,123 +25,52 @@ import ray.data
 import torch
 from numpy.typing import NDArray
 from ray.data import DataContext, DataIterator, Dataset, ExecutionOptions
+from ray.exceptions import RayTaskError
 
-from eagle3_ray.data.batch import PackedBin, allocate_bin, pack_samples
-from eagle3_ray.data.index import SampleIndex
-from eagle3_ray.data.packing import FILLER, BinSchedule, PackingPlan
-from eagle3_ray.data.samples import Sample, SampleSpec, check_finite, read_sample
-from eagle3_ray.errors import DataError
-from eagle3_ray.storage import is_remote
+from eagle3_ray.data.batch import PackedBin, allocate_bin
+from eagle3_ray.data.packing import BinSchedule
+from eagle3_ray.data.samples import Sample, SampleSpec
+from eagle3_ray.data.source import BinOrder, BinSource, IndexedFile, read_samples
+from eagle3_ray.errors import DataError, Eagle3RayError
+
+__all__ = ["BinSource", "PackIn", "StepBins", "TENSORS", "bin_execution_options", "build_bin_dataset", "iter_step_bins"]
 
 PackIn = Literal["worker", "task"]
 
-ROWS_PER_TASK = 8
-REMOTE_FILES_AT_A_TIME = 8  # of one bin
-# A read task of row numbers holds many: nothing but the numbers is in it.
-ROW_NUMBERS_PER_TASK = 64
+STEPS_PER_DEAL = 1024  # numbers alone: a deal costs Ray Data some milliseconds, whatever is in it
+# One that takes less has more processes than CPUs; Ray ends those beyond that number when they are idle, and the next
+# bin waits for another one to start.
+CPUS_PER_TASK = 1
+BYTES_AHEAD = 2**30  # of a rank, read or in the object store; more of them only spread over more memory
+MIN_BINS_AHEAD, MAX_BINS_AHEAD = 2, 16
 TENSORS = ("input_ids", "aux_states", "last_state", "loss_mask", "document_ids", "position_ids")
-
-
-@dataclass(frozen=True)
-class BinSource:
-    """All that is needed to turn a bin's number into its tensors.
-
-    Attributes:
-        spec: What each sample must look like.
-        index: The samples the plan speaks of.
-        plan: Which of them share a bin.
-        seed: Seed of each epoch's order of bins.
-    """
-
-    spec: SampleSpec
-    index: SampleIndex
-    plan: PackingPlan
-    seed: int
-
-    def read_bin(self, number: int, row: int, out: PackedBin | None = None) -> PackedBin:
-        """Read and pack one bin; -1 gives a filler without samples.
-
-        Raises:
-            SampleFormatError: A file is no longer a sample, or holds NaN or Inf.
-            DataError: A file has another length than when it was indexed.
-        """
-        members = [] if number == FILLER else self.plan.bins[number].tolist()
-        samples = self._read_samples(members)
-        return pack_samples(samples, self.plan.total_seq_len, self.spec, number, row, out)
-
-    def paths_of_bin(self, number: int) -> list[str]:
-        """Return the relative paths of a bin's samples; none for a filler."""
-        members = [] if number == FILLER else self.plan.bins[number].tolist()
-        return [self.index.paths[member] for member in members]
-
-    def _read_samples(self, members: list[int]) -> list[Sample]:
-        if not is_remote(self.index.root):
-            return [self._read_sample(member) for member in members]
-        # A request waits for the network most of its time.
-        with ThreadPoolExecutor(REMOTE_FILES_AT_A_TIME) as pool:
-            return list(pool.map(self._read_sample, members))
-
-    def _read_sample(self, member: int) -> Sample:
-        sample = read_sample(f"{self.index.root}/{self.index.paths[member]}", self.spec)
-        expected = int(self.index.num_tokens[member])
-        if len(sample.input_ids) != expected:
-            raise DataError(
-                f"{sample.path}: has {len(sample.input_ids)} tokens, had {expected} when it was indexed. "
-                "Do not change samples during a run; start the run again."
-            )
-        check_finite(sample)
-        return sample
-
-
-class RowReader:
-    """Reads the bin that belongs to a row of the stream."""
-
-    def __init__(self, source: BinSource, schedule: BinSchedule) -> None:
-        self._source, self._schedule = source, schedule
-        self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
-
-    def read_row(self, row: int, out: PackedBin | None = None) -> PackedBin:
-        """Read and pack the bin of a row; errors as in `BinSource.read_bin`."""
-        place = self._schedule.place(row)
-        if place.epoch != self._epoch:
-            self._epoch, self._order = place.epoch, self._source.plan.epoch_order(place.epoch, self._source.seed)
-        number = FILLER if place.index == FILLER else int(self._order[place.index])
-        return self._source.read_bin(number, row, out)
 
 
 # ------------------------------------------------------------------------------------- the stream
 
 
-def build_bin_dataset(
-    source_ref: "ray.ObjectRef[BinSource]", schedule: BinSchedule, start_step: int, end_step: int, pack_in: PackIn
-) -> Dataset:
-    """Return the rows of steps [start_step, end_step), in stream order.
+def build_bin_dataset(schedule: BinSchedule, start_step: int, end_step: int) -> Dataset:
+    """Return the rows of steps [start_step, end_step), dealt out to the ranks: deal k is for rank k mod W.
 
     Args:
-        source_ref: The `BinSource`, stored once for all tasks.
         schedule: Which row belongs where.
         start_step: First optimizer step, counted over all epochs; a resumed run starts here and skips nothing.
-        end_step: One past the last.
-        pack_in: Where samples become bins.
+        end_step: One past the last; the last deal may go on beyond it.
     """
     quieten_ray_data()
-    start = start_step * schedule.rows_per_step
-    num_rows = (end_step - start_step) * schedule.rows_per_step
-    rows_per_task = ROWS_PER_TASK if pack_in == "task" else ROW_NUMBERS_PER_TASK
-    dataset = ray.data.range(num_rows, override_num_blocks=-(-num_rows // rows_per_task))
+    steps_per_deal = min(STEPS_PER_DEAL, end_step - start_step)
+    num_deals = -(-(end_step - start_step) // steps_per_deal) * schedule.num_workers
+    num_workers, micro_steps = schedule.num_workers, schedule.micro_steps
 
-    # Two functions, and nothing of this module in the first: a task that deals in numbers alone imports no torch.
-    def emit_numbers(batch: dict[str, NDArray[Any]]) -> Iterator[dict[str, NDArray[Any]]]:
-        for row in batch["id"]:
-            yield {"row": np.array([start + row])}
+    # Nothing of this module in it: a task that deals in numbers alone imports no torch.
+    def emit_rows(batch: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        turn, rank = divmod(batch["id"], num_workers)
+        micro_step = np.arange(steps_per_deal * micro_steps)  # of all steps of a deal
+        first = (start_step + turn * steps_per_deal) * micro_steps
+        return {"row": (first[:, None] + micro_step) * num_workers + rank[:, None]}
 
-    def emit_bins(batch: dict[str, NDArray[Any]]) -> Iterator[dict[str, NDArray[Any]]]:
-        torch.set_num_threads(1)
-        reader = RowReader(_get_source(source_ref), schedule)
-        for row in batch["id"]:
-            yield _to_columns(reader.read_row(int(start + row)))
-
-    return dataset.map_batches(emit_bins if pack_in == "task" else emit_numbers, batch_size=rows_per_task)
+    # A task of one block always ends: one that waited to be read from would hold a CPU that the bins' tasks need.
+    return ray.data.range(num_deals, override_num_blocks=num_deals).map_batches(emit_rows, batch_size=1)
 
 
 def bin_execution_options() -> ExecutionOptions:
@@ -160,40 +91,46 @@ def quieten_ray_data() -> None:
     context.raise_original_map_exception = True
 
 
-_SOURCES: dict[str, BinSource] = {}
+# --------------------------------------------------------------------------------------- in a task
 
 
-def _get_source(source_ref: "ray.ObjectRef[BinSource]") -> BinSource:
-    """Return the source, fetched once a process: its list of paths is long."""
-    key = source_ref.hex()
-    if key not in _SOURCES:
-        _SOURCES.clear()
-        _SOURCES[key] = ray.get(source_ref)
-    return _SOURCES[key]
+class SampleArrays(NamedTuple):
+    """A sample on its way through the object store: no longer than a bin, bf16, which numpy lacks, as uint16."""
+
+    path: str
+    input_ids: NDArray[Any]
+    loss_mask: NDArray[Any]
+    states: list[NDArray[Any]]
 
 
-def _to_columns(packed: PackedBin) -> dict[str, NDArray[Any]]:
-    """Return a bin as a batch of one row; bf16, which numpy lacks, travels as uint16."""
-    scalars = {"row": packed.row, "number": packed.number, "num_tokens": packed.num_tokens}
-    columns: dict[str, NDArray[Any]] = {name: np.array([value]) for name, value in scalars.items()}
-    for name in TENSORS:
-        tensor: torch.Tensor = packed.__dict__[name]
-        bits = tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor
-        columns[name] = bits.numpy()[None]
-    return columns
+def read_arrays(files: list[IndexedFile], spec: SampleSpec, total_seq_len: int) -> list[SampleArrays]:
+    """Read and check the samples of a bin, in a Ray task; their arrays are views of the files."""
+    torch.set_num_threads(1)
+    return [_to_arrays(sample, total_seq_len + 1) for sample in read_samples(files, spec)]
 
 
-def _from_columns(columns: dict[str, NDArray[Any]]) -> PackedBin:
-    """Return the bin of a batch of one row. The states are copied: what arrives is read-only shared memory."""
-    tensors = {name: torch.from_numpy(columns[name][0].copy()) for name in TENSORS}
-    for name in ("aux_states", "last_state"):
-        if tensors[name].dtype == torch.uint16:
-            tensors[name] = tensors[name].view(torch.bfloat16)
-    return PackedBin(
-        number=int(columns["number"][0]),
-        row=int(columns["row"][0]),
-        num_tokens=int(columns["num_tokens"][0]),
-        **tensors,
+def _to_arrays(sample: Sample, num_tokens: int) -> SampleArrays:
+    """Return the first tokens of a sample."""
+    states = [state[:num_tokens] for state in (*sample.aux_states, sample.last_state)]
+    bits = [state.view(torch.uint16) if state.dtype == torch.bfloat16 else state for state in states]
+    return SampleArrays(
+        path=sample.path,
+        input_ids=sample.input_ids[:num_tokens].numpy(),
+        loss_mask=sample.loss_mask[:num_tokens].numpy(),
+        states=[state.numpy() for state in bits],
+    )
+
+
+def to_sample(arrays: SampleArrays) -> Sample:
+    """Return the sample, whose tensors are views of read-only shared memory."""
+    states = [torch.from_dlpack(state) for state in arrays.states]
+    *aux_states, last_state = [state.view(torch.bfloat16) if state.dtype == torch.uint16 else state for state in states]
+    return Sample(
+        path=arrays.path,
+        input_ids=torch.from_dlpack(arrays.input_ids),
+        loss_mask=torch.from_dlpack(arrays.loss_mask),
+        aux_states=tuple(aux_states),
+        last_state=last_state,
     )
 
 
@@ -232,7 +169,7 @@ def iter_step_bins(
         schedule: As given to `build_bin_dataset`.
         rank: This rank.
         steps: Optimizer steps, counted over all epochs.
-        pack_in: As given to `build_bin_dataset`.
+        pack_in: Where samples are read and checked.
         pin_memory: Page-lock the buffers, for copies beside compute.
         num_prefetch: Steps kept ready.
 
@@ -286,28 +223,81 @@ def _read_steps(
 
     A consumer that holds one item, a queue of `num_buffers - 2` and the one being filled never share a buffer.
     """
-    reader = RowReader(source, schedule)
-    rows = iter(shard.iter_batches(batch_size=1, batch_format="numpy", prefetch_batches=schedule.micro_steps * 2))
+    rows = _iter_rows(shard, schedule, rank, steps)
+    bins = _iter_in_tasks(source, schedule, rows) if pack_in == "task" else _iter_here(source, schedule, rows)
     ring: list[list[PackedBin]] = []
     for turn, step in enumerate(steps):
-        if pack_in == "worker" and len(ring) < num_buffers:
+        if len(ring) < num_buffers:
             ring.append(
                 [
                     allocate_bin(source.plan.total_seq_len, source.spec, pin_memory=pin_memory)
                     for _ in range(schedule.micro_steps)
                 ]
             )
-        bins = []
+        buffers = ring[turn % num_buffers]
         for micro_step in range(schedule.micro_steps):
-            columns = next(rows, None)
-            expected = schedule.row(step, rank, micro_step)
-            found = None if columns is None else int(columns["row"][0])
-            if columns is None or found != expected:
+            row, number, samples = next(bins)
+            buffers[micro_step] = source.pack_bin(samples, number, row, buffers[micro_step])
+        yield step, list(buffers)
+
+
+def _iter_rows(shard: DataIterator, schedule: BinSchedule, rank: int, steps: range) -> Iterator[int]:
+    """Yield the numbers of a rank's rows as they were dealt to it.
+
+    Raises:
+        DataError: A row is missing or out of order.
+    """
+    deals = shard.iter_batches(batch_size=1, batch_format="numpy")
+    dealt = (row for deal in deals for row in deal["row"].ravel().tolist())
+    for step in steps:
+        for micro_step in range(schedule.micro_steps):
+            found, expected = next(dealt, None), schedule.row(step, rank, micro_step)
+            if found != expected:
                 raise DataError(f"rank {rank}, step {step}: expected row {expected} of the stream, found {found}.")
-            if pack_in == "worker":
-                buffers = ring[turn % num_buffers]
-                buffers[micro_step] = reader.read_row(expected, buffers[micro_step])
-                bins.append(buffers[micro_step])
-            else:
-                bins.append(_from_columns(columns))
-        yield step, bins
+            yield expected
+
+
+def _iter_here(
+    source: BinSource, schedule: BinSchedule, rows: Iterator[int]
+) -> Iterator[tuple[int, int, list[Sample]]]:
+    """Yield (row, number of its bin, samples), read in this process."""
+    order = BinOrder(source, schedule)
+    for row in rows:
+        number = order.number(row)
+        yield row, number, read_samples(source.files_of_bin(number), source.spec)
+
+
+def _iter_in_tasks(
+    source: BinSource, schedule: BinSchedule, rows: Iterator[int]
+) -> Iterator[tuple[int, int, list[Sample]]]:
+    """Yield (row, number of its bin, samples), read by Ray tasks some bins ahead."""
+    order = BinOrder(source, schedule)
+    remote = ray.remote(num_cpus=CPUS_PER_TASK)(read_arrays)
+    spec_ref = ray.put(source.spec)
+    ahead: deque[tuple[int, int, ray.ObjectRef[list[SampleArrays]]]] = deque()
+    num_ahead = _num_bins_ahead(source)
+    for row in rows:
+        number = order.number(row)
+        files = source.files_of_bin(number)
+        ahead.append((row, number, remote.remote(files, spec_ref, source.plan.total_seq_len)))
+        if len(ahead) > num_ahead:
+            yield _fetch(*ahead.popleft())
+    while ahead:
+        yield _fetch(*ahead.popleft())
+
+
+def _num_bins_ahead(source: BinSource) -> int:
+    """Return how many bins of a rank are read or lie in the object store at a time."""
+    bytes_of_token = 2 * (source.spec.num_aux_layers + 1) * source.spec.hidden_size
+    num_fitting = BYTES_AHEAD // (source.plan.total_seq_len * bytes_of_token)
+    return min(MAX_BINS_AHEAD, max(MIN_BINS_AHEAD, num_fitting))
+
+
+def _fetch(row: int, number: int, ref: "ray.ObjectRef[list[SampleArrays]]") -> tuple[int, int, list[Sample]]:
+    """Wait for the samples of a bin; a sample that cannot be used raises its own error."""
+    try:
+        return row, number, [to_sample(arrays) for arrays in ray.get(ref)]
+    except RayTaskError as error:
+        if isinstance(error.cause, Eagle3RayError):
+            raise error.cause from None  # Ray's wrapping adds nothing but a remote traceback
+        raise

@@ -16,11 +16,11 @@ def build_train_stream(job: TrainJob) -> ray.data.Dataset:
     start = 0 if checkpoint is None else checkpoint.step
     # A restart after the last checkpoint was committed has nothing left to read, but Ray wants a dataset.
     end = max(job.stop_step, start + 1)
-    return build_bin_dataset(job.train_source, job.schedule, start, end, job.settings.pack_in)
+    return build_bin_dataset(job.schedule, start, end)
 
 
 def build_validation_stream(job: TrainJob) -> ray.data.Dataset:
     """Stream every validation bin once a pass."""
-    assert job.validation_source is not None and job.validation_schedule is not None
+    assert job.validation_schedule is not None
     steps = job.validation_schedule.steps_per_epoch
-    return build_bin_dataset(job.validation_source, job.validation_schedule, 0, steps, job.settings.pack_in)
+    return build_bin_dataset(job.validation_schedule, 0, steps)

@@ -69,9 +69,9 @@ def deal_out(source: BinSource, schedule: BinSchedule) -> list[list[list[int]]]:
     return steps
 
 
-def split_like_train(source: BinSource, schedule: BinSchedule, steps: range, pack_in: PackIn) -> list[DataIterator]:
+def split_like_train(schedule: BinSchedule, steps: range) -> list[DataIterator]:
     """The shards of the ranks, by the very class that `TorchTrainer` is given."""
-    dataset = build_bin_dataset(ray.put(source), schedule, steps.start, steps.stop, pack_in)
+    dataset = build_bin_dataset(schedule, steps.start, steps.stop)
     node_ids = [ray.get_runtime_context().get_node_id()] * schedule.num_workers
     config = DataConfig(execution_options=bin_execution_options())
     return [shards["train"] for shards in config.configure({"train": dataset}, schedule.num_workers, None, node_ids)]
@@ -135,7 +135,7 @@ def test_rows_are_dealt_as_planned_from_mid_run_over_an_epochs_end(
 ) -> None:
     schedule = make_schedule(source, bins_per_step, num_workers, epochs=2)
     steps = range(1, schedule.total_steps)
-    by_rank = consume_all(split_like_train(source, schedule, steps, "worker"), source, schedule, steps, "worker")
+    by_rank = consume_all(split_like_train(schedule, steps), source, schedule, steps, "worker")
     assert_dealt_out(by_rank, source, schedule, steps)
     assert_every_bin_once(by_rank, schedule, epoch=1)
 
@@ -144,7 +144,7 @@ def test_rows_are_dealt_as_planned_from_mid_run_over_an_epochs_end(
 def test_tasks_deal_the_same_bins_as_workers_pack(num_workers: int, bins_per_step: int, source: BinSource) -> None:
     schedule = make_schedule(source, bins_per_step, num_workers, epochs=2)
     steps = range(1, schedule.total_steps)
-    by_rank = consume_all(split_like_train(source, schedule, steps, "task"), source, schedule, steps, "task")
+    by_rank = consume_all(split_like_train(schedule, steps), source, schedule, steps, "task")
     assert_dealt_out(by_rank, source, schedule, steps)
     assert_every_bin_once(by_rank, schedule, epoch=1)
 
@@ -152,7 +152,7 @@ def test_tasks_deal_the_same_bins_as_workers_pack(num_workers: int, bins_per_ste
 def test_states_in_float32_cross_the_object_store_as_they_are(tmp_path: Path) -> None:
     source = make_source(tmp_path, dtype=torch.float32)
     schedule = make_schedule(source, len(source.plan.bins), 1, epochs=1)
-    by_rank = consume_all(split_like_train(source, schedule, range(1), "task"), source, schedule, range(1), "task")
+    by_rank = consume_all(split_like_train(schedule, range(1)), source, schedule, range(1), "task")
     assert {packed.last_state.dtype for _, bins in by_rank[0] for packed in bins} == {torch.float32}
     assert_dealt_out(by_rank, source, schedule, range(1))
 
@@ -161,7 +161,7 @@ def test_normed_states_of_the_other_format_stream_as_well(tmp_path: Path) -> Non
     source = make_source(tmp_path, data_format_version=0)
     schedule = make_schedule(source, 2, 2, epochs=1)
     steps = range(schedule.total_steps)
-    by_rank = consume_all(split_like_train(source, schedule, steps, "task"), source, schedule, steps, "task")
+    by_rank = consume_all(split_like_train(schedule, steps), source, schedule, steps, "task")
     assert_dealt_out(by_rank, source, schedule, steps)
 
 
@@ -169,7 +169,7 @@ def test_normed_states_of_the_other_format_stream_as_well(tmp_path: Path) -> Non
 def test_validation_is_read_alike_pass_after_pass(num_workers: int, pack_in: PackIn, source: BinSource) -> None:
     schedule = make_schedule(source, num_workers, num_workers, epochs=1)
     steps = range(schedule.steps_per_epoch)
-    shards = split_like_train(source, schedule, steps, pack_in)
+    shards = split_like_train(schedule, steps)
     for _ in range(2):
         by_rank = consume_all(shards, source, schedule, steps, pack_in)
         assert_dealt_out(by_rank, source, schedule, steps)
@@ -180,7 +180,7 @@ def test_a_validation_set_smaller_than_the_world_is_read_by_all_ranks_with_fille
     plan = plan_bins(np.array(LENGTHS), np.where(np.arange(len(LENGTHS)) < 2, 5, 0), TOTAL_SEQ_LEN, seed=0)
     source = BinSource(source.spec, source.index, plan, seed=0)
     schedule = make_schedule(source, 3, 3, epochs=1)
-    by_rank = consume_all(split_like_train(source, schedule, range(1), "worker"), source, schedule, range(1), "worker")
+    by_rank = consume_all(split_like_train(schedule, range(1)), source, schedule, range(1), "worker")
     assert [[packed.number for packed in bins] for items in by_rank for _, bins in items] == [[0], [-1], [-1]]
     filler = by_rank[2][0][1][0]
     assert filler.num_tokens == 0 and not filler.loss_mask.any() and (filler.document_ids == -1).all()
@@ -292,7 +292,7 @@ def test_a_file_that_changed_is_the_same_error_when_tasks_read_it(
     breakage(tmp_path / "data_4.pt")
     schedule = make_schedule(source, 1, 1, epochs=1)
     steps = range(schedule.total_steps)
-    (shard,) = split_like_train(source, schedule, steps, "task")
+    (shard,) = split_like_train(schedule, steps)
     with pytest.raises(error_type, match=text) as caught:
         consume(shard, source, schedule, 0, steps, "task")
     # Around it lies what Ray adds; the driver's `raise_cause` takes that off.
@@ -333,7 +333,7 @@ def test_closing_early_ends_the_reader_and_its_stream(source: BinSource) -> None
     wait_for_no_reader()
     schedule = make_schedule(source, 1, 1, epochs=4)
     steps = range(schedule.total_steps)
-    (shard,) = split_like_train(source, schedule, steps, "task")
+    (shard,) = split_like_train(schedule, steps)
     items = iter_step_bins(shard, source, schedule, 0, steps, "task")
     assert isinstance(items, Generator) and next(items).step == 0 and count_readers() == 1
     items.close()

@@ -264,12 +264,23 @@ def test_select_keeps_order_and_changes_the_digest() -> None:
     assert SampleIndex("/elsewhere", index.paths, index.num_tokens, index.num_supervised, 0).digest() == index.digest()
 
 
+def test_an_index_is_the_same_in_another_process() -> None:
+    names = ["a/b.pt", "é.pt", os.fsdecode(b"\xff.pt")]
+    index = SampleIndex("/data", names, np.array([5, 6, 7]), np.array([1, 2, 3]), 4)
+    for _ in range(2):
+        index = pickle.loads(pickle.dumps(index))
+        assert list(index.paths) == names and (index.root, index.num_not_samples) == ("/data", 4)
+        assert index.num_tokens.tolist() == [5, 6, 7] and index.num_supervised.tolist() == [1, 2, 3]
+        assert index.select(np.array([True, False, True])).paths == [names[0], names[2]]
+        assert index.digest() == SampleIndex("/data", names, index.num_tokens, index.num_supervised, 4).digest()
+
+
 @given(st.integers(1, 60), st.floats(0.01, 1.0), st.integers(0, 5))
 @settings(max_examples=150, deadline=None)
 def test_split_is_a_partition_with_something_on_both_sides(num_samples: int, train_frac: float, seed: int) -> None:
     index = _index_of(list(range(2, 2 + num_samples)))
     train, validation = split_index(index, train_frac, seed)
-    assert sorted(train.paths + validation.paths) == index.paths
+    assert sorted([*train.paths, *validation.paths]) == index.paths
     assert len(train.paths) >= 1
     assert len(validation.paths) >= (1 if num_samples >= 2 and train_frac < 1 else 0)
     assert abs(len(train.paths) - num_samples * train_frac) <= 1
