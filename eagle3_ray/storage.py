@@ -327,6 +327,19 @@ def copy_objects(source: ObjectPath, names: Iterable[str], folder: Path) -> None
             shutil.copyfileobj(stored, local, READ_AHEAD_BYTES)
 
 
+def upload_folder(folder: Path, path: ObjectPath) -> None:
+    """Store every file below a folder of this machine, under its name from there on.
+
+    Raises:
+        StorageError: The store cannot be written.
+    """
+    with telling(path, may_be_absent=False):
+        for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+            key = (path / file.relative_to(folder).as_posix()).key
+            with file.open("rb") as local, path.filesystem.open_output_stream(key) as stored:
+                shutil.copyfileobj(local, stored, READ_AHEAD_BYTES)
+
+
 @contextlib.contextmanager
 def local_copy(path: StoragePath, names: Iterable[str]) -> Iterator[Path]:
     """Have some files of a folder on this machine: a folder of it as it is, of an object store a copy for a while.

@@ -58,7 +58,7 @@ LIBRARIES: dict[str, set[str]] = {
     "ray": {
         *("data.index", "data.pipeline", "jobs", "machine"),
         *("training.channel", "training.job", "training.loop", "training.progress", "training.rank"),
-        *("training.stream", "training.telemetry"),
+        *("training.saver", "training.stream", "training.telemetry"),
     },
     "torch.distributed.fsdp": {"training.sharding"},
     "transformers": {"model", "generation", "demo", "jobs"},
@@ -73,7 +73,7 @@ LIBRARIES: dict[str, set[str]] = {
 HEAVY = {"torch", "ray", "transformers", "numpy", "pandas", "pyarrow", "safetensors"}
 NAMES_THAT_SAY_NOTHING = {"utils", "util", "common", "helpers", "helper", "base", "misc", "tools"}
 # A thread of theirs hands every error to the one that waits for it, which raises it.
-FORWARDS_EVERY_ERROR = {"data.pipeline", "jobs.fit"}
+FORWARDS_EVERY_ERROR = {"data.pipeline", "jobs.fit", "training.saver"}
 
 
 def name_of(path: Path) -> str:

@@ -75,14 +75,16 @@ class Channel:
     def __init__(self, actor: Any) -> None:
         self._actor = actor
         self._num_told = 0
+        self._lock = threading.Lock()  # checkpoints are told of by a thread of their own
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Channel, (self._actor,)
 
     def tell(self, item: object) -> None:
         """Tell the driver. Never waits, and a driver that is gone is not the run's concern."""
-        self._actor.tell.remote(_this_process(), self._num_told, item)
-        self._num_told += 1
+        with self._lock:
+            self._actor.tell.remote(_this_process(), self._num_told, item)
+            self._num_told += 1
 
     def flush(self) -> None:
         """Wait until all that was told has arrived: a process that ends takes what is still on its way with it."""

@@ -1,32 +1,22 @@
-"""The story of one rank: restore, stream, step, log, validate, save, report."""
+"""The story of one rank: restore, stream, step, log, validate, save."""
 
 import contextlib
 import json
-import tempfile
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import ray.train
 import torch
-from ray.train import Checkpoint, CheckpointConsistencyMode
 
 from eagle3_ray.data.pipeline import StepBins, iter_step_bins
 from eagle3_ray.errors import NonFiniteError, on_top
 from eagle3_ray.metrics import TRAIN, VAL, summarize
-from eagle3_ray.storage import telling, write_atomically
-from eagle3_ray.training.checkpoint import write_checkpoint
+from eagle3_ray.storage import write_atomically
 from eagle3_ray.training.job import TrainJob
 from eagle3_ray.training.meter import Meter
 from eagle3_ray.training.optim import learning_rate, set_learning_rate, warmup_steps
-from eagle3_ray.training.progress import Note, StepProgress, describe_epoch
+from eagle3_ray.training.progress import StepProgress
 from eagle3_ray.training.rank import Rank, start_rank
-from eagle3_ray.training.run_folder import (
-    INITIAL_METRICS,
-    commit,
-    epoch_folder,
-    point_best,
-    step_folder,
-)
+from eagle3_ray.training.run_folder import INITIAL_METRICS, epoch_folder, step_folder
 from eagle3_ray.training.step import eval_step, sum_over_ranks, train_step
 from eagle3_ray.versions import installed_versions
 
@@ -41,13 +31,14 @@ def run_rank(job: TrainJob) -> None:
     collective: the ranks take every branch alike; they differ only in the bins they hold.
     """
     rank = start_rank(job)
-    with contextlib.closing(rank.loggers):
+    with contextlib.closing(rank.loggers), rank.saver:
         if rank.step == 0:
             record_untrained(rank)
         elif rank.owes_validation:
             finish_epoch(rank)
         rank.meter.restart_clock()
         for item in iter_train_bins(rank):
+            rank.saver.check()
             update(rank, item)
             is_last, is_epoch_end = rank.step == job.stop_step, rank.step % job.schedule.steps_per_epoch == 0
             if is_last or is_epoch_end or rank.is_stopping or is_due(rank.step, job.settings.log_every_steps):
@@ -189,30 +180,13 @@ def record_untrained(rank: Rank) -> None:
 
 
 def save(rank: Rank, name: str, validation: Mapping[str, float]) -> None:
-    """Store a checkpoint through Ray Train, and mark it as whole once it is. collective.
-
-    `report` returns before Ray's own commit; a worker killed in between would lose the checkpoint, so the marker
-    waits for it.
-    """
-    job, path = rank.job, rank.job.save_dir / name
-    metrics = {**rank.metrics, **validation}
+    """Copy the state to host memory, from where a checkpoint is stored while the training goes on. collective."""
     record = {
         "step": rank.step,
-        "metrics": metrics,
-        "identity": dict(job.identity),
-        "settings": job.settings.model_dump(mode="json"),
-        "num_workers": job.schedule.num_workers,
+        "metrics": {**rank.metrics, **validation},
+        "identity": dict(rank.job.identity),
+        "settings": rank.job.settings.model_dump(mode="json"),
+        "num_workers": rank.job.schedule.num_workers,
         "versions": installed_versions(),
     }
-    with tempfile.TemporaryDirectory(prefix="eagle3-checkpoint-") as folder:
-        write_checkpoint(Path(folder), rank.draft, rank.optimizer, job.mapping, record)
-        with telling(path):
-            ray.train.report(metrics, Checkpoint.from_directory(folder), checkpoint_dir_name=name)
-        ray.train.get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)
-    if rank.is_first:
-        commit(path, rank.step)
-        point_best(job.save_dir)
-        epoch = (rank.step - 1) // job.schedule.steps_per_epoch
-        text = describe_epoch(epoch, job.settings.epochs, rank.step, metrics, str(path))
-        fields = {"step": rank.step, "epoch": epoch + 1, "path": str(path), "metrics": metrics}
-        job.channel.tell(Note(text, "checkpoint", fields))
+    rank.saver.save(name, record)

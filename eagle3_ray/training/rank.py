@@ -20,12 +20,13 @@ from eagle3_ray.model.draft import Eagle3Draft
 from eagle3_ray.model.initial import initial_weights
 from eagle3_ray.model.loss import TargetHead
 from eagle3_ray.model.verifier import VerifierTensors, load_verifier_tensors
-from eagle3_ray.storage import ObjectPath, StoragePath, telling
+from eagle3_ray.storage import StoragePath, telling
 from eagle3_ray.training.checkpoint import restore_checkpoint
 from eagle3_ray.training.job import TrainJob
 from eagle3_ray.training.meter import Meter
 from eagle3_ray.training.optim import build_optimizer
 from eagle3_ray.training.run_folder import STATE, check_same_run, latest_committed
+from eagle3_ray.training.saver import Saver, as_ray_checkpoint
 from eagle3_ray.training.sharding import build_sharded_draft
 from eagle3_ray.training.step import StepSettings
 from eagle3_ray.training.telemetry import RayGauges, last_validation
@@ -36,6 +37,7 @@ class Rank:
     """One worker's state.
 
     Attributes:
+        saver: Stores its checkpoints behind the training.
         step: Optimizer updates done, over all epochs and restarts.
         grad_norm: Of the last update, before clipping.
         metrics: Of the last logged point.
@@ -55,6 +57,7 @@ class Rank:
     validation_source: BinSource | None
     meter: Meter
     loggers: MultiLogger
+    saver: Saver
     step: int
     grad_norm: float
     metrics: dict[str, float]
@@ -113,6 +116,7 @@ def start_rank(job: TrainJob) -> Rank:
         validation_source=None if job.validation_source is None else ray.get(job.validation_source),
         meter=Meter(settings.ttt_steps, device),
         loggers=open_rank_loggers(job, number, step),
+        saver=Saver(job, draft, optimizer),
         step=step,
         grad_norm=0.0,
         metrics={} if checkpoint is None else train_metrics(checkpoint.metrics),
@@ -128,10 +132,7 @@ def share_state(path: StoragePath) -> ray.train.Checkpoint:
 
     collective: Ray tells by the object, which must be one for all, that its copy is there already.
     """
-    if isinstance(path, ObjectPath):
-        shared = [ray.train.Checkpoint(path.key, path.filesystem)]
-    else:
-        shared = [ray.train.Checkpoint.from_directory(path)]
+    shared = [as_ray_checkpoint(path)]
     dist.broadcast_object_list(shared)
     return shared[0]
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from eagle3_ray.errors import CheckpointError
-from eagle3_ray.storage import ObjectPath, StoragePath, remove_tree, write_atomically
+from eagle3_ray.storage import ObjectPath, StoragePath, list_objects, remove_tree, write_atomically
 
 COMMITTED, RECORD, STATE, BEST, RUN_YAML = "COMMITTED", "run.json", "state", "best", "run.yaml"
 INITIAL_METRICS = "initial_metrics.json"
@@ -33,6 +33,8 @@ BROKEN_SNAPSHOT = f"{RAY_SNAPSHOT}.broken"
 RAY_FILES = (RAY_SNAPSHOT, BROKEN_SNAPSHOT, ".validate_storage_marker")
 PARTS = {"config.json", "model.safetensors", STATE, RECORD, COMMITTED}
 _NAME = re.compile(r"\d+|step-\d+")
+# What the record, the marker and (by the library) the tensors are called until they are whole.
+_UNFINISHED = re.compile(rf"\.({COMMITTED}|{RECORD})\..*|\.tmp\w+")
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def find_committed(save_dir: StoragePath) -> list[CommittedCheckpoint]:
     """
     if not save_dir.is_dir():
         return []
-    found = [_open(path) for path in save_dir.iterdir() if _NAME.fullmatch(path.name) and (path / COMMITTED).is_file()]
+    found = [_open(save_dir / name, parts) for name, parts in _list_folders(save_dir).items() if COMMITTED in parts]
     # An epoch that was stopped before its validation has two of one step; the validated one is the newer.
     return sorted(found, key=lambda checkpoint: (checkpoint.step, not is_step_folder(checkpoint.path.name)))
 
@@ -90,8 +92,16 @@ def find_uncommitted(save_dir: StoragePath) -> list[StoragePath]:
     """Return folders that a save was interrupted in."""
     if not save_dir.is_dir():
         return []
-    folders = [path for path in save_dir.iterdir() if path.is_dir() and _NAME.fullmatch(path.name)]
-    return sorted((path for path in folders if not (path / COMMITTED).exists() and _is_ours(path)), key=str)
+    folders = _list_folders(save_dir)
+    names = [name for name, parts in folders.items() if COMMITTED not in parts and _are_ours(parts)]
+    return [save_dir / name for name in sorted(names)]
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove the files that a save was killed in the middle of, where the same checkpoint is saved again."""
+    for path in folder.iterdir():
+        if _UNFINISHED.fullmatch(path.name):
+            path.unlink()
 
 
 def commit(path: StoragePath, step: int) -> None:
@@ -100,7 +110,7 @@ def commit(path: StoragePath, step: int) -> None:
     Raises:
         CheckpointError: A part is missing.
     """
-    missing = sorted(part for part in PARTS - {COMMITTED} if not (path / part).exists())
+    missing = sorted(PARTS - {COMMITTED} - {part.name for part in path.iterdir()})
     if missing:
         raise CheckpointError(f"{path}: cannot be committed without {', '.join(missing)}. The storage lost files.")
     write_atomically(path / COMMITTED, json.dumps({"step": step}) + "\n")
@@ -191,9 +201,10 @@ def remove_run(save_dir: StoragePath) -> list[StoragePath]:
         best.unlink(missing_ok=True)
     for name in (RUN_YAML, INITIAL_METRICS, LOGGER_RUN_ID, *RAY_FILES):
         (save_dir / name).unlink(missing_ok=True)
-    for path in save_dir.iterdir():
-        is_folder = path.is_dir() and not (isinstance(path, Path) and path.is_symlink())
-        if is_folder and _NAME.fullmatch(path.name) and _is_ours(path):
+    for name, parts in _list_folders(save_dir).items():
+        path = save_dir / name
+        is_link = isinstance(path, Path) and path.is_symlink()
+        if not is_link and _are_ours(parts):
             remove_tree(path)
     return sorted(save_dir.iterdir(), key=str)
 
@@ -228,9 +239,21 @@ def _flatten(identity: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _open(path: StoragePath) -> CommittedCheckpoint:
-    # One listing: on an object store each question is a request.
-    missing = sorted(PARTS - {part.name for part in path.iterdir()})
+def _list_folders(save_dir: StoragePath) -> dict[str, set[str]]:
+    """Return by name what is directly in each folder that is named as a checkpoint's."""
+    if isinstance(save_dir, Path):
+        paths = [path for path in save_dir.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
+        return {path.name: {part.name for part in path.iterdir()} for path in paths}
+    folders: dict[str, set[str]] = {}
+    for stored in list_objects(save_dir):  # one request for all of them
+        name, _, below = stored.name.partition("/")
+        if below and _NAME.fullmatch(name):
+            folders.setdefault(name, set()).add(below.partition("/")[0])
+    return folders
+
+
+def _open(path: StoragePath, parts: set[str]) -> CommittedCheckpoint:
+    missing = sorted(PARTS - parts)
     if missing:
         raise CheckpointError(
             f"{path}: committed, but {', '.join(missing)} is gone. Restore it or move the folder away."
@@ -245,7 +268,6 @@ def _open(path: StoragePath) -> CommittedCheckpoint:
         ) from error
 
 
-def _is_ours(path: StoragePath) -> bool:
-    """A folder that holds parts of a checkpoint and nothing else, or nothing at all."""
-    names = {entry.name for entry in path.iterdir()}
-    return all(name in PARTS or name.startswith(f".{COMMITTED}.") for name in names)
+def _are_ours(parts: set[str]) -> bool:
+    """Tell whether a folder holds parts of a checkpoint and nothing else, or nothing at all."""
+    return all(part in PARTS or _UNFINISHED.fullmatch(part) for part in parts)

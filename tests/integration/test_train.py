@@ -21,6 +21,7 @@ from eagle3_ray.config import TrainSettings
 from eagle3_ray.data.vocab import read_mapping
 from eagle3_ray.errors import CheckpointError, ClusterError, SampleFormatError
 from eagle3_ray.jobs.train import run
+from eagle3_ray.training.run_folder import find_committed
 from tests.makers import write_samples
 
 PARITY = Path(__file__).parents[1] / "parity" / "small"
@@ -236,6 +237,53 @@ def test_a_killed_worker_is_restarted_from_the_last_checkpoint(straight: Path, f
         os.kill(pid, signal.SIGKILL)
     thread.join()
     assert failures == []
+    assert_same_run(folder, straight, tmp_path)
+    names = ["step-000001", "step-000002", "0", "step-000004", "step-000005", "1"]
+    assert [checkpoint.path.name for checkpoint in find_committed(folder / "run")] == names
+
+
+def logged_steps(folder: Path) -> list[int]:
+    """The steps whose loss is in the run's only file of TensorBoard events so far."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = list((folder / "logs").rglob("events.out.tfevents.*"))
+    if not found:
+        return []
+    accumulator = EventAccumulator(str(found[0].parent))
+    accumulator.Reload()
+    if "train/loss" not in accumulator.Tags()["scalars"]:
+        return []
+    return [event.step for event in accumulator.Scalars("train/loss")]
+
+
+def test_a_step_does_not_wait_for_a_checkpoint_the_next_save_does_and_its_disk_error_ends_the_run(
+    straight: Path, folder: Path, tmp_path: Path
+) -> None:
+    settings = make_settings(folder, checkpoint_every_steps=1, logger="tensorboard")
+    pipe = folder / "run" / "step-000001" / "state" / "__0_0.distcp"
+    pipe.parent.mkdir(parents=True)
+    os.mkfifo(pipe)  # whoever opens it to write waits for a reader
+    failures: list[BaseException] = []
+
+    def train() -> None:
+        try:
+            run(settings)
+        except BaseException as error:  # noqa: BLE001
+            failures.append(error)
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    wait_until(lambda: logged_steps(folder) == [1, 2] or not thread.is_alive(), "the second step")
+    assert thread.is_alive() and logged_steps(folder) == [1, 2]
+    assert {path.name for path in (folder / "run").iterdir() if path.is_dir()} == {"step-000001"}
+    os.close(os.open(pipe, os.O_RDONLY))  # and a pipe is no file
+    thread.join()
+    (error,) = failures
+    assert isinstance(error, CheckpointError) and error.exit_code == 4
+    assert str(error).startswith(f"{folder / 'run' / 'step-000001'}: cannot be saved ([Errno 29] Illegal seek)")
+    assert logged_steps(folder) == [1, 2] and find_committed(folder / "run") == []
+    pipe.unlink()
+    run(settings)
     assert_same_run(folder, straight, tmp_path)
 
 

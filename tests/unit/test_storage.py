@@ -25,6 +25,7 @@ from eagle3_ray.storage import (
     remove_tree,
     telling,
     to_path,
+    upload_folder,
     write_atomically,
 )
 from tests.conftest import free_port, store_server
@@ -101,6 +102,20 @@ def test_some_files_of_a_folder_are_copied_for_a_while(trees: tuple[ObjectPath, 
     assert copied == {"run.yaml": b"epochs: 3\n", "0/config.json": b"{}"} and not folder.exists()
     with pytest.raises(FileNotFoundError):
         copy_objects(remote, ["none"], local / "copy")
+
+
+def test_a_folder_is_uploaded_with_all_below_it(trees: tuple[ObjectPath, Path], tmp_path: Path) -> None:
+    (tmp_path / "0" / "state").mkdir(parents=True)
+    (tmp_path / "0" / "config.json").write_bytes(b"{}")
+    (tmp_path / "0" / "state" / "__0_0.distcp").write_bytes(bytes(range(256)) * 40_000)  # more than one part
+    upload_folder(tmp_path / "0", trees[0] / "uploaded")
+    stored = list_objects(trees[0] / "uploaded")
+    assert [entry.name for entry in stored] == ["config.json", "state/__0_0.distcp"]
+    for entry in stored:
+        assert (trees[0] / "uploaded" / entry.name).read_bytes() == (tmp_path / "0" / entry.name).read_bytes()
+    remove_tree(trees[0] / "uploaded")
+    with pytest.raises(StorageError, match="s3://nowhere/run"):
+        upload_folder(tmp_path / "0", ObjectPath("s3://nowhere/run"))
 
 
 def test_a_full_disk_is_not_the_stores_fault(trees: tuple[ObjectPath, Path], tmp_path: Path) -> None:

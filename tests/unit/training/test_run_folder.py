@@ -28,10 +28,12 @@ from eagle3_ray.training.run_folder import (
     latest_committed,
     point_best,
     remove_run,
+    remove_unfinished,
     set_aside_broken_snapshot,
     step_folder,
 )
 
+UNFINISHED = (".COMMITTED.0a1b2c3d.tmp", ".run.json.0a1b2c3d.tmp", ".tmpa4Kr9x")
 IDENTITY = {"seed": 0, "plan": "abc", "draft": {"norm_output": False, "layer": {"hidden_size": 64}}}
 
 
@@ -86,10 +88,13 @@ def test_a_half_written_folder_is_ignored_though_its_number_is_the_highest(tmp_p
     write_parts(tmp_path / "7")
     (tmp_path / "8").mkdir()
     (tmp_path / "step-000099").mkdir()
-    (tmp_path / "step-000099" / ".COMMITTED.tmp").write_text("{")
+    for name in UNFINISHED:
+        (tmp_path / "step-000099" / name).write_text("{")
     latest = latest_committed(tmp_path)
     assert latest is not None and latest.path == tmp_path / "0"
     assert find_uncommitted(tmp_path) == [tmp_path / name for name in ("7", "8", "step-000099")]
+    remove_unfinished(tmp_path / "step-000099")
+    assert list((tmp_path / "step-000099").iterdir()) == []
 
 
 def test_folders_of_others_are_neither_checkpoints_nor_half_written_ones(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from eagle3_ray.errors import CheckpointError, NonFiniteError
+from eagle3_ray.errors import NonFiniteError
 from eagle3_ray.model.layout import build_layout
 from eagle3_ray.model.loss import TargetHead
-from eagle3_ray.training.checkpoint import restore_checkpoint, write_checkpoint
 from eagle3_ray.training.optim import build_optimizer, learning_rate, set_learning_rate, warmup_steps
 from eagle3_ray.training.sharding import gather_weights
 from eagle3_ray.training.step import add_noise, eval_step, prepare_inputs, sum_over_ranks, train_step
 from tests.unit.training.ranks import run_on_ranks
-from tests.unit.training.world import build_draft, filler, load_bins, load_mapping, load_target_head, step_settings
+from tests.unit.training.world import build_draft, filler, load_bins, load_target_head, step_settings
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
 
@@ -114,7 +112,6 @@ def find_out_alone() -> dict[str, Any]:
         "v0": losses_of_version(0),
         "bad": weights_after_a_bad_bin(),
         "bf16": train_in_bf16(),
-        "cut short": restore_what_was_cut_short(),
     }
 
 
@@ -183,26 +180,6 @@ def test_bf16_compute_keeps_fp32_masters_and_starts_at_the_fp32_loss(alone: dict
     first, last, dtypes, norm_moved = alone["bf16"]
     assert first == pytest.approx(alone["golden"][0], rel=0.02)  # bf16 has 8 bits; the golden run has noise
     assert last < 0.5 * first and dtypes == {torch.float32} and norm_moved
-
-
-def restore_what_was_cut_short() -> str:
-    """Text of the error that a checkpoint gives whose state lost its second half."""
-    draft = build_draft()
-    optimizer = build_optimizer(draft.parameters(), 0.0)
-    with tempfile.TemporaryDirectory() as folder:
-        write_checkpoint(Path(folder), draft, optimizer, load_mapping(), {})
-        restore_checkpoint(Path(folder) / "state", draft, optimizer)
-        shard = next((Path(folder) / "state").glob("*.distcp"))
-        shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
-        try:
-            restore_checkpoint(Path(folder) / "state", draft, optimizer)
-        except CheckpointError as error:
-            return str(error)
-    return ""
-
-
-def test_a_state_that_was_cut_short_is_refused_never_replaced_by_a_fresh_start(alone: dict[str, Any]) -> None:
-    assert "state: cannot be restored (" in alone["cut short"] and "Move the checkpoint away" in alone["cut short"]
 
 
 def noisy_inputs(seed_epoch: int, bin_number: int) -> tuple[Tensor, Tensor, Tensor]:
