@@ -84,7 +84,8 @@ class DataSettings(Settings):
     )
     train_frac: float = Field(0.9, gt=0, le=1, description="Share (0..1) of the files trained on; the rest validates.")
     pack_in: Literal["worker", "task"] = Field(
-        "worker", description="Where samples become bins: in the rank's own thread, or in Ray tasks ahead of it."
+        "worker",
+        description="Where samples are read and checked: in the rank's own thread, or in Ray tasks ahead of it.",
     )
     bins_per_step: int | None = Field(
         None, ge=1, description="Bins in one step over all workers. Default: the number of workers."
