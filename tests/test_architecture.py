@@ -159,6 +159,14 @@ def test_workers_and_ray_trains_controller_start_without_transformers(module: st
     assert done.returncode == 0, done.stderr or "it is imported, which takes every process seconds"
 
 
+def test_the_step_benchmark_needs_torch_and_numpy_alone() -> None:
+    """So that it runs on any borrowed GPU."""
+    absent = ("ray", "transformers", "pydantic", "safetensors", "huggingface_hub", "pyarrow", "pandas", "yaml", "tyro")
+    program = f"import sys\nsys.modules.update(dict.fromkeys({absent!r}))\nimport tests.benchmarks.step"
+    done = subprocess.run([sys.executable, "-c", program], cwd=PACKAGE.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_no_module_imports_itself_by_a_detour() -> None:
     finished: set[str] = set()
 

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from eagle3_ray.config import ModelSettings
 from eagle3_ray.errors import CheckpointError, VerifierError
-from eagle3_ray.model.verifier import VerifierInfo
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
+
+    from eagle3_ray.config import ModelSettings
+    from eagle3_ray.model.verifier import VerifierInfo
 
 # The release of the Speculators format these files follow.
 SPECULATORS_VERSION = "0.9.0"
@@ -157,7 +158,7 @@ class DraftConfig:
 
 
 def build_draft_config(
-    info: VerifierInfo, settings: ModelSettings, draft_vocab_size: int, aux_layer_ids: tuple[int, ...]
+    info: "VerifierInfo", settings: "ModelSettings", draft_vocab_size: int, aux_layer_ids: tuple[int, ...]
 ) -> DraftConfig:
     """Derive the draft's shape: head counts, widths, RoPE and epsilon come from the verifier.
 
@@ -245,7 +246,7 @@ def _rope_of(llama: "LlamaConfig") -> tuple[Tensor, float]:
     return frequencies, scale
 
 
-def _inherit_rope(info: VerifierInfo) -> dict[str, Any]:
+def _inherit_rope(info: "VerifierInfo") -> dict[str, Any]:
     """Return RoPE in transformers 5's one form, from either of the two that config files use."""
     text = info.text_config
     rope = dict(text.get("rope_parameters") or text.get("rope_scaling") or {})

@@ -4,8 +4,8 @@
 
 The operations counted are those the computation needs (FACTS of EAGLE-3: step-0 keys and values of every token, all
 else of supervised rows alone), so a share of 1 would be perfect. With `--peer`, speculators then makes the same step
-from the same weights and bin (see `peer_step.py`), and the first loss and gradient norm of both must agree. Needs no
-Ray. Prints one JSON object.
+from the same weights and bin (see `peer_step.py`), and the first loss and gradient norm of both must agree. Without a
+peer it needs torch and numpy alone, so that it runs on any borrowed GPU. Prints one JSON object.
 """
 
 import argparse
@@ -21,9 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor
-from transformers import LlamaConfig
 
 from eagle3_ray.data.batch import PackedBin
 from eagle3_ray.model.config import DraftConfig, LayerConfig
@@ -46,6 +44,7 @@ def read_arguments() -> argparse.Namespace:
     }.items():  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--supervised", type=float, default=0.5, help="share of each document's tail, 0..1")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--peer", help="Python of a virtual environment with speculators")
     return parser.parse_args()
@@ -53,17 +52,24 @@ def read_arguments() -> argparse.Namespace:
 
 def make_config(arguments: argparse.Namespace) -> DraftConfig:
     """A one-layer draft of the shape asked for."""
-    llama = LlamaConfig(
-        vocab_size=arguments.vocab,
-        hidden_size=arguments.hidden,
-        intermediate_size=arguments.intermediate,
-        num_hidden_layers=1,
-        num_attention_heads=arguments.heads,
-        num_key_value_heads=arguments.kv_heads,
-        head_dim=arguments.hidden // arguments.heads,
-        rope_parameters={"rope_type": "default", "rope_theta": 5e5},
+    head_dim, rope_theta = arguments.hidden // arguments.heads, 5e5
+    sizes = {
+        "vocab_size": arguments.vocab,
+        "hidden_size": arguments.hidden,
+        "intermediate_size": arguments.intermediate,
+        "num_hidden_layers": 1,
+        "num_attention_heads": arguments.heads,
+        "num_key_value_heads": arguments.kv_heads,
+        "head_dim": head_dim,
+        "rms_norm_eps": 1e-6,
+    }
+    layer = LayerConfig(
+        **sizes,
+        initializer_range=0.02,
+        rope_frequencies=tuple(rope_theta ** (-i / head_dim) for i in range(0, head_dim, 2)),
+        rope_scale=1.0,
+        written={"model_type": "llama", **sizes, "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta}},
     )
-    layer = LayerConfig.from_llama(llama)
     return DraftConfig(layer, arguments.draft_vocab, (2, 4, 5), arguments.steps, True, False, False, False, "", ())
 
 
@@ -142,6 +148,8 @@ def held_bytes(device: torch.device) -> int:
 
 def run_peer(arguments: argparse.Namespace, config: DraftConfig, weights: dict[str, Tensor]) -> dict[str, Any]:
     """Return what `peer_step.py` prints of the same step, from weights and bin in files."""
+    from safetensors.torch import save_file  # here: without a peer, torch is all that is needed
+
     packed = make_bin(arguments)
     names = ("input_ids", "aux_states", "last_state", "loss_mask", "document_ids", "position_ids")
     plan = {**vars(arguments), "layer": dict(config.layer.written), "lr": LEARNING_RATE}
@@ -176,7 +184,7 @@ def compare(own: dict[str, float], peer: dict[str, Any], dtype: torch.dtype) -> 
 def main() -> None:
     """Time it and print what was seen."""
     arguments = read_arguments()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(arguments.device)
     dtype = torch.float32 if arguments.dtype == "fp32" else torch.bfloat16
     config = make_config(arguments)
     torch.manual_seed(0)
@@ -197,10 +205,11 @@ def main() -> None:
         dist.destroy_process_group()
     rate = matmul_flop_per_s(dtype, device)
     result = {
+        "benchmark": "step",
         "date": datetime.date.today().isoformat(),
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu x{torch.get_num_threads()}",
-        **{name: value for name, value in vars(arguments).items() if name != "peer"},
+        **{name: value for name, value in vars(arguments).items() if name not in ("peer", "device")},
         "tokens_per_s": round(own["tokens_per_s"], 1),
         "share_of_matmul_rate": round(needed_flop(arguments) * own["tokens_per_s"] / arguments.tokens / rate, 3),
         "matmul_gflop_per_s": round(rate / 1e9, 1),
