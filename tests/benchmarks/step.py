@@ -68,7 +68,13 @@ def make_config(arguments: argparse.Namespace) -> DraftConfig:
         initializer_range=0.02,
         rope_frequencies=tuple(rope_theta ** (-i / head_dim) for i in range(0, head_dim, 2)),
         rope_scale=1.0,
-        written={"model_type": "llama", **sizes, "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta}},
+        written={
+            "model_type": "llama",
+            "hidden_act": "silu",
+            "max_position_embeddings": arguments.tokens,
+            "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta},
+            **sizes,
+        },
     )
     return DraftConfig(layer, arguments.draft_vocab, (2, 4, 5), arguments.steps, True, False, False, False, "", ())
 
