@@ -151,8 +151,8 @@ def test_a_checkout_travels_as_the_package_and_little_else(checkout: Path, tmp_p
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with samples for some 110 steps."""
-    return write_samples(tmp_path_factory.mktemp("jobs") / "data", [100] * 120, **SHAPE)
+    """A folder with samples for some 900 steps: seconds pass until `ray job stop` has started and said its word."""
+    return write_samples(tmp_path_factory.mktemp("jobs") / "data", [100] * 1000, **SHAPE)
 
 
 def train_command(data: Path, save_path: Path) -> list[str]:
