@@ -20,7 +20,8 @@ from tests.unit.generation.world import MAX_SEQ_LEN, World
 
 ROOT = Path(__file__).parents[2]
 MANY_STEPS = {"bins_per_step": 1, "epochs": 1}  # one long epoch: a signal lands in its middle
-MANY_EPOCHS = {"bins_per_step": 1, "epochs": 3, "train_frac": 0.01}  # a step an epoch, then a long validation
+NUM_EPOCHS = 5  # a checkpoint is told of while the next epoch runs, and maybe the one after it
+MANY_EPOCHS = {"bins_per_step": 1, "epochs": NUM_EPOCHS, "train_frac": 0.01}  # a step an epoch, then a long validation
 
 pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.slow]
 
@@ -107,7 +108,7 @@ def test_an_epoch_stopped_before_its_validation_is_validated_when_the_run_goes_o
     epoch = int(stopped.name.removeprefix("step-")) - 1
     assert not (tmp_path / "run" / str(epoch)).exists()
     run(settings(tmp_path))
-    for name in map(str, range(3)):
+    for name in map(str, range(NUM_EPOCHS)):
         assert_same_run(tmp_path, tmp_path / "straight", tmp_path, name)
 
 
