@@ -29,6 +29,8 @@ class TttLayout:
         row_of_target: [P, N] int64, position in `rows` of the index that predicts target n in step k (0 where invalid).
         is_valid: [P, N] bool, that index lies in the target's document.
         counts: [P] int64, valid targets of each step.
+        tokens: [U] int64, ascending indexes whose token some row reads in some step.
+        token_of_row: [P, R] int64, position in `tokens` of what each row reads in step k.
     """
 
     num_tokens: int
@@ -38,6 +40,8 @@ class TttLayout:
     row_of_target: Tensor
     is_valid: Tensor
     counts: Tensor
+    tokens: Tensor
+    token_of_row: Tensor
 
 
 def build_layout(document_ids: Tensor, loss_mask: Tensor, num_tokens: int, num_ttt_steps: int) -> TttLayout:
@@ -69,6 +73,8 @@ def build_layout(document_ids: Tensor, loss_mask: Tensor, num_tokens: int, num_t
     is_needed[sources.flatten()] = True
     rows = torch.nonzero(is_needed).flatten()
     row_of_index = torch.cumsum(is_needed, 0) - 1
+    # Past a document's end the token is another document's; such an index has no valid target there.
+    tokens, token_of_row = torch.unique((rows + steps).clamp(max=num_tokens - 1), return_inverse=True)
     return TttLayout(
         num_tokens=num_tokens,
         documents=tuple(itertools.pairwise(bounds)),
@@ -77,4 +83,6 @@ def build_layout(document_ids: Tensor, loss_mask: Tensor, num_tokens: int, num_t
         row_of_target=torch.where(is_valid, row_of_index[sources], 0),
         is_valid=is_valid,
         counts=is_valid.sum(1),
+        tokens=tokens,
+        token_of_row=token_of_row,
     )

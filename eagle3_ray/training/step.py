@@ -152,6 +152,8 @@ def prepare_inputs(packed: PackedBin, layout: TttLayout, settings: StepSettings)
             targets=layout.targets.to(device, non_blocking=True),
             row_of_target=layout.row_of_target.to(device, non_blocking=True),
             is_valid=layout.is_valid.to(device, non_blocking=True),
+            tokens=layout.tokens.to(device, non_blocking=True),
+            token_of_row=layout.token_of_row.to(device, non_blocking=True),
         ),
         attend_rows=attend_rows,
         attend_all=lambda queries, keys, values, diagonal: build_attend_all()(queries, keys, values, diagonal),

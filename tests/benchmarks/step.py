@@ -102,12 +102,12 @@ def needed_flop(arguments: argparse.Namespace) -> float:
     a, head_dim = arguments, arguments.hidden // arguments.heads
     rows = int(a.tokens * a.supervised)
     keys = 2 * a.kv_heads * head_dim
-    shared = 3 * a.hidden * a.hidden + 2 * a.hidden * keys  # fc, and step-0 keys and values
-    of_row = 2 * a.hidden * a.hidden + a.hidden * a.hidden + 3 * a.hidden * a.intermediate + a.hidden * a.draft_vocab
+    # fc, and step-0 keys and values; a row's share of its token in the queries, once for all steps.
+    shared = a.tokens * (3 * a.hidden * a.hidden + 2 * a.hidden * keys) + rows * a.hidden * a.hidden
+    # The hidden state's share of the queries, output projection, MLP, head; later keys and values.
+    of_row = 2 * a.hidden * a.hidden + 3 * a.hidden * a.intermediate + a.hidden * a.draft_vocab
     attention = 2 * a.hidden * (a.tokens / a.documents) / 2
-    forward = 2 * (
-        a.tokens * shared + rows * a.steps * (of_row + attention) + rows * (a.steps - 1) * 2 * a.hidden * keys
-    )
+    forward = 2 * (shared + rows * a.steps * (of_row + attention) + rows * (a.steps - 1) * a.hidden * keys)
     return 3 * forward + 2 * rows * a.hidden * a.draft_vocab  # the target's logits are never differentiated
 
 

@@ -10,7 +10,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from eagle3_ray.data.batch import PackedBin
 from eagle3_ray.model.config import DraftConfig, LayerConfig
-from eagle3_ray.model.draft import Eagle3Draft, RotaryTable, rotate
+from eagle3_ray.model.draft import Eagle3Draft
+from eagle3_ray.model.layer import RotaryTable, rotate
 from eagle3_ray.model.layout import build_layout
 from eagle3_ray.model.loss import TargetHead
 from eagle3_ray.training.step import StepSettings, prepare_inputs
@@ -84,11 +85,13 @@ def dense_states(draft: Eagle3Draft, packed: PackedBin) -> list[Tensor]:
         rotation = draft.rotary(packed.position_ids[:num_tokens] + step, hidden.dtype)
         mask = torch.cat([causal, *[torch.eye(num_tokens, dtype=torch.bool)] * step], dim=1)
         for number, layer in enumerate(draft.decoder_layers):
-            x, residual = layer.prepare(hidden, embeds)
-            new_keys, new_values = layer.self_attn.project_keys_values(x, rotation)
-            keys[number].append(new_keys)
-            values[number].append(new_values)
-            queries = layer.self_attn.project_queries(x, rotation)
+            x, residual = layer.prepare(hidden)
+            if number == 0:
+                x = torch.cat((layer.input_layernorm(embeds), x), dim=-1)
+            attention = layer.self_attn
+            keys[number].append(rotate(attention.k_proj(x).unflatten(-1, (2, 8)), rotation))
+            values[number].append(attention.v_proj(x).unflatten(-1, (2, 8)))
+            queries = rotate(attention.q_proj(x).unflatten(-1, (4, 8)), rotation)
             all_keys = torch.cat(keys[number]).repeat_interleave(2, 1)
             all_values = torch.cat(values[number]).repeat_interleave(2, 1)
             scores = torch.einsum("rhd,khd->hrk", queries, all_keys) / 8**0.5

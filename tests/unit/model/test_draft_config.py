@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from eagle3_ray.config import ModelSettings
 from eagle3_ray.errors import CheckpointError, VerifierError
 from eagle3_ray.model.config import DraftConfig, build_draft_config, draft_config_from_speculators
-from eagle3_ray.model.draft import RotaryTable
+from eagle3_ray.model.layer import RotaryTable
 from eagle3_ray.model.verifier import read_verifier_config
 
 VERIFIER: dict[str, Any] = {

@@ -41,6 +41,9 @@ def test_layout_equals_the_brute_force(seed: int, num_steps: int) -> None:
     assert set(layout.rows.tolist()) >= indexes
     assert layout.counts.tolist() == [sum(step == s for s, _, _ in counted) for step in range(num_steps)]
     assert [end - start for start, end in layout.documents] == lengths
+    read = [[min(row + step, num_tokens - 1) for row in layout.rows.tolist()] for step in range(num_steps)]
+    assert layout.tokens[layout.token_of_row].tolist() == read
+    assert layout.tokens.tolist() == sorted({token for tokens in read for token in tokens})
 
 
 def test_later_steps_do_not_cross_into_the_next_document() -> None:
