@@ -16,8 +16,8 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import ray
@@ -137,17 +137,21 @@ def to_sample(arrays: SampleArrays) -> Sample:
 # --------------------------------------------------------------------------------------- on a rank
 
 
-class StepBins(NamedTuple):
+Ready = TypeVar("Ready")
+
+
+class StepBins(NamedTuple, Generic[Ready]):
     """This rank's bins of one optimizer step.
 
     Attributes:
         step: Optimizer step, counted over all epochs.
-        bins: `schedule.micro_steps` bins; valid until the next item is asked for, their buffers are used again.
+        bins: `schedule.micro_steps` bins as `prepare` made them; the buffers of the packed ones are used again once the
+            next item is asked for.
         wait_s: Seconds the consumer waited for them.
     """
 
     step: int
-    bins: list[PackedBin]
+    bins: list[Ready]
     wait_s: float
 
 
@@ -158,10 +162,11 @@ def iter_step_bins(
     rank: int,
     steps: range,
     pack_in: PackIn,
+    prepare: Callable[[PackedBin], Ready],
     pin_memory: bool = False,
     num_prefetch: int = 2,
-) -> Iterator[StepBins]:
-    """Yield this rank's bins of each step in `steps`, read ahead by a thread.
+) -> Iterator[StepBins[Ready]]:
+    """Yield this rank's bins of each step in `steps`, read and prepared ahead by a thread.
 
     Args:
         shard: This rank's split of the dataset of exactly these steps.
@@ -170,16 +175,17 @@ def iter_step_bins(
         rank: This rank.
         steps: Optimizer steps, counted over all epochs.
         pack_in: Where samples are read and checked.
+        prepare: Makes of a packed bin what the step takes, in the thread.
         pin_memory: Page-lock the buffers, for copies beside compute.
         num_prefetch: Steps kept ready.
 
     Raises:
         DataError: A row is missing or out of order, or a file cannot be used (`SampleFormatError`).
     """
-    results: queue.Queue[tuple[int, list[PackedBin]] | BaseException] = queue.Queue(num_prefetch)
+    results: queue.Queue[tuple[int, list[Ready]] | BaseException] = queue.Queue(num_prefetch)
     is_closed = threading.Event()
 
-    def offer(item: tuple[int, list[PackedBin]] | BaseException) -> None:
+    def offer(item: tuple[int, list[Ready]] | BaseException) -> None:
         while not is_closed.is_set():
             try:
                 return results.put(item, timeout=0.2)
@@ -189,8 +195,8 @@ def iter_step_bins(
     def produce() -> None:
         # Whatever goes wrong in this thread belongs to the loop that waits for its bins.
         try:
-            for item in _read_steps(shard, source, schedule, rank, steps, pack_in, pin_memory, num_prefetch + 2):
-                offer(item)
+            for step, bins in _read_steps(shard, source, schedule, rank, steps, pack_in, pin_memory, num_prefetch + 2):
+                offer((step, [prepare(packed) for packed in bins]))
                 if is_closed.is_set():
                     return
         except BaseException as error:  # noqa: BLE001

@@ -39,9 +39,9 @@ class DraftInputs:
         aux_states: [T, A*H] in the compute dtype.
         last_state: [T, H] the verifier's last hidden state, in the compute dtype.
         position_ids: [T] int64.
-        layout: Its index tensors on the device (`layout.counts` may stay on the host).
+        layout: Its tensors on the device.
         attend_rows: Attention of `layout.rows`.
-        attend_all: Attention of every index, built when first used: a draft of one layer never does.
+        attend_all: Attention of every index, for all layers but the last.
     """
 
     input_ids: Tensor

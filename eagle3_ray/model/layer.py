@@ -27,8 +27,9 @@ class RotaryTable(nn.Module):
 
     def forward(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return cos and sin, each [*, 1, D], of `position_ids` [*]."""
-        frequency = self.inverse_frequency.to(position_ids.device, non_blocking=True)
-        angle = (position_ids.unsqueeze(-1).float() * frequency).repeat(1, 2).unsqueeze(1)
+        # Moved once: a copy from pageable memory in every step would wait for the device.
+        self.inverse_frequency = self.inverse_frequency.to(position_ids.device)
+        angle = (position_ids.unsqueeze(-1).float() * self.inverse_frequency).repeat(1, 2).unsqueeze(1)
         return (angle.cos() * self.scale).to(dtype), (angle.sin() * self.scale).to(dtype)
 
 

@@ -11,7 +11,8 @@ Everything here is known on the host before the bin travels, so the device never
 """
 
 import itertools
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -42,6 +43,19 @@ class TttLayout:
     counts: Tensor
     tokens: Tensor
     token_of_row: Tensor
+
+    def move(self, move: Callable[[Tensor], Tensor]) -> "TttLayout":
+        """Return the same layout with its tensors as `move` returns them."""
+        return replace(
+            self,
+            rows=move(self.rows),
+            targets=move(self.targets),
+            row_of_target=move(self.row_of_target),
+            is_valid=move(self.is_valid),
+            counts=move(self.counts),
+            tokens=move(self.tokens),
+            token_of_row=move(self.token_of_row),
+        )
 
 
 def build_layout(document_ids: Tensor, loss_mask: Tensor, num_tokens: int, num_ttt_steps: int) -> TttLayout:

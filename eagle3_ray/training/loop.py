@@ -1,13 +1,16 @@
 """The story of one rank: restore, stream, step, log, validate, save."""
 
 import contextlib
+import functools
 import json
 from collections.abc import Iterator, Mapping
 
 import ray.train
 import torch
+from ray.data import DataIterator
 
-from eagle3_ray.data.pipeline import StepBins, iter_step_bins
+from eagle3_ray.data.packing import BinSchedule
+from eagle3_ray.data.pipeline import BinSource, StepBins, iter_step_bins
 from eagle3_ray.errors import NonFiniteError, on_top
 from eagle3_ray.metrics import TRAIN, VAL, summarize
 from eagle3_ray.storage import write_atomically
@@ -15,7 +18,8 @@ from eagle3_ray.training.job import TrainJob
 from eagle3_ray.training.meter import Meter
 from eagle3_ray.training.optim import learning_rate, set_learning_rate, warmup_steps
 from eagle3_ray.training.progress import StepProgress
-from eagle3_ray.training.rank import Rank, start_rank
+from eagle3_ray.training.rank import PendingStep, Rank, start_rank
+from eagle3_ray.training.ready import ReadyBin, make_ready
 from eagle3_ray.training.run_folder import INITIAL_METRICS, epoch_folder, step_folder
 from eagle3_ray.training.step import eval_step, sum_over_ranks, train_step
 from eagle3_ray.versions import installed_versions
@@ -60,24 +64,32 @@ def is_due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
 
 
-def iter_train_bins(rank: Rank) -> Iterator[StepBins]:
+def iter_train_bins(rank: Rank) -> Iterator[StepBins[ReadyBin]]:
     """Stream this rank's bins from the first step not yet done to the last."""
-    return iter_step_bins(
-        ray.train.get_dataset_shard("train"),
-        rank.train_source,
-        rank.job.schedule,
-        rank.number,
-        range(rank.step, rank.job.stop_step),
-        rank.job.settings.pack_in,
-        pin_memory=rank.settings.device.type == "cuda",
+    steps = range(rank.step, rank.job.stop_step)
+    return iter_bins(rank, ray.train.get_dataset_shard("train"), rank.train_source, rank.job.schedule, steps)
+
+
+def iter_bins(
+    rank: Rank, shard: DataIterator, source: BinSource, schedule: BinSchedule, steps: range
+) -> Iterator[StepBins[ReadyBin]]:
+    """Stream this rank's bins of some steps, laid out and on the device."""
+    settings = rank.settings
+    prepare = functools.partial(
+        make_ready,
+        num_ttt_steps=settings.num_ttt_steps,
+        num_layers=len(rank.draft.layers),
+        device=settings.device,
     )
+    is_gpu, pack_in = settings.device.type == "cuda", rank.job.settings.pack_in
+    return iter_step_bins(shard, source, schedule, rank.number, steps, pack_in, prepare, pin_memory=is_gpu)
 
 
-def update(rank: Rank, item: StepBins) -> None:
-    """Make one optimizer update.
+def update(rank: Rank, item: StepBins[ReadyBin]) -> None:
+    """Make one optimizer update; while the device is at it, learn how the one before went.
 
     Raises:
-        NonFiniteError: A gradient is NaN or Inf; names the files. The weights are as before.
+        NonFiniteError: See `learn_outcome`.
     """
     assert item.step == rank.step
     job, settings = rank.job, rank.job.settings
@@ -85,31 +97,48 @@ def update(rank: Rank, item: StepBins) -> None:
     num_warmup = warmup_steps(total_steps, settings.warmup_frac)
     set_learning_rate(rank.optimizer, learning_rate(rank.step, total_steps, num_warmup, settings.lr))
     epoch = rank.step // job.schedule.steps_per_epoch
-    try:
-        sums, rank.grad_norm, rank.is_stopping = train_step(
-            rank.draft,
-            rank.optimizer,
-            rank.target_head,
-            item.bins,
-            epoch,
-            rank.settings,
-            wants_stop=rank.stop_ordered.is_set(),
-        )
-    except NonFiniteError as error:
-        files = [path for packed in item.bins for path in rank.train_source.paths_of_bin(packed.number)]
-        held = f"rank {rank.number} held {', '.join(files) or 'no samples'}"
-        raise NonFiniteError(f"step {rank.step}: {error} Nothing was updated; {held}.") from error
+    result = train_step(
+        rank.draft,
+        rank.optimizer,
+        rank.target_head,
+        item.bins,
+        epoch,
+        rank.settings,
+        wants_stop=rank.stop_ordered.is_set(),
+    )
+    learn_outcome(rank)
+    rank.pending = PendingStep(rank.step, [ready.number for ready in item.bins], result)
     rank.step += 1
     if rank.is_first and not rank.is_listening:
         # Not before: until a step is made there is nothing to save, and the driver stops the run by itself.
         rank.is_listening = True
         job.channel.listen_for_stop(rank.stop_ordered)
-    rank.meter.add(sums, sum(packed.num_tokens for packed in item.bins), item.wait_s)
+    rank.meter.add(result.sums, sum(ready.num_tokens for ready in item.bins), item.wait_s)
+
+
+def learn_outcome(rank: Rank) -> None:
+    """Take note of the gradient norm of the last step queued, and of an order to stop that it carried.
+
+    sync: waits for that step. The ranks call it alike.
+
+    Raises:
+        NonFiniteError: A gradient was NaN or Inf; names the files. That update was left out.
+    """
+    if rank.pending is None:
+        return
+    (step, numbers, result), rank.pending = rank.pending, None
+    try:
+        rank.grad_norm, rank.is_stopping = result.wait()
+    except NonFiniteError as error:
+        files = [path for number in numbers for path in rank.train_source.paths_of_bin(number)]
+        held = f"rank {rank.number} held {', '.join(files) or 'no samples'}"
+        raise NonFiniteError(f"step {step}: {error} Nothing was updated; {held}.") from error
 
 
 def log_progress(rank: Rank) -> None:
     """Reduce what was summed since the last logged point, log it, and tell the driver. collective."""
     job = rank.job
+    learn_outcome(rank)
     sums, speed = rank.meter.reduce()
     rank.metrics = summarize(sums, job.settings.ttt_step_loss_decay, TRAIN)
     rank.metrics |= {f"{TRAIN}/{name}": value for name, value in speed.items()}
@@ -151,13 +180,11 @@ def validate(rank: Rank) -> dict[str, float]:
     meter = Meter(job.settings.ttt_steps, rank.settings.device)
     steps = range(job.validation_schedule.steps_per_epoch)
     shard = ray.train.get_dataset_shard("validation")
-    for item in iter_step_bins(
-        shard, rank.validation_source, job.validation_schedule, rank.number, steps, job.settings.pack_in
-    ):
+    for item in iter_bins(rank, shard, rank.validation_source, job.validation_schedule, steps):
         if item.step % STOP_EVERY_VALIDATION_STEPS == 0 and agree_to_stop(rank):
             return {}
-        for packed in item.bins:
-            meter.add(eval_step(rank.draft, rank.target_head, packed, rank.settings), packed.num_tokens, item.wait_s)
+        for ready in item.bins:
+            meter.add(eval_step(rank.draft, rank.target_head, ready, rank.settings), ready.num_tokens, item.wait_s)
     sums, _ = meter.reduce()
     metrics = summarize(sums, job.settings.ttt_step_loss_decay, VAL)
     rank.loggers.log(metrics, rank.step)
@@ -181,6 +208,7 @@ def record_untrained(rank: Rank) -> None:
 
 def save(rank: Rank, name: str, validation: Mapping[str, float]) -> None:
     """Copy the state to host memory, from where a checkpoint is stored while the training goes on. collective."""
+    learn_outcome(rank)
     record = {
         "step": rank.step,
         "metrics": {**rank.metrics, **validation},

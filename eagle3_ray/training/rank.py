@@ -5,6 +5,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import ray
 import ray.train
@@ -28,8 +29,22 @@ from eagle3_ray.training.optim import build_optimizer
 from eagle3_ray.training.run_folder import STATE, check_same_run, latest_committed
 from eagle3_ray.training.saver import Saver, as_ray_checkpoint
 from eagle3_ray.training.sharding import build_sharded_draft
-from eagle3_ray.training.step import StepSettings
+from eagle3_ray.training.step import StepResult, StepSettings
 from eagle3_ray.training.telemetry import RayGauges, last_validation
+
+
+class PendingStep(NamedTuple):
+    """An update that is queued and of whose outcome the host has yet to learn.
+
+    Attributes:
+        step: Counted from 0 over all epochs and restarts.
+        bins: Numbers of the bins that this rank held.
+        result: On its way.
+    """
+
+    step: int
+    bins: list[int]
+    result: StepResult
 
 
 @dataclass
@@ -39,7 +54,8 @@ class Rank:
     Attributes:
         saver: Stores its checkpoints behind the training.
         step: Optimizer updates done, over all epochs and restarts.
-        grad_norm: Of the last update, before clipping.
+        pending: The last update, until its outcome is learnt.
+        grad_norm: Of the last update learnt of, before clipping.
         metrics: Of the last logged point.
         owes_validation: The checkpoint it went on from was stored at the end of an epoch, without validation.
         is_listening: Rank 0 listens for the driver's order to stop.
@@ -59,6 +75,7 @@ class Rank:
     loggers: MultiLogger
     saver: Saver
     step: int
+    pending: PendingStep | None
     grad_norm: float
     metrics: dict[str, float]
     owes_validation: bool
@@ -118,6 +135,7 @@ def start_rank(job: TrainJob) -> Rank:
         loggers=open_rank_loggers(job, number, step),
         saver=Saver(job, draft, optimizer),
         step=step,
+        pending=None,
         grad_norm=0.0,
         metrics={} if checkpoint is None else train_metrics(checkpoint.metrics),
         owes_validation=checkpoint is not None and job.owes_validation(checkpoint),

@@ -5,23 +5,19 @@ pass, so the loss is a sum over positions divided by one global count, never a m
 on how the bins were dealt out.
 """
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from eagle3_ray.data.batch import PackedBin
 from eagle3_ray.errors import NonFiniteError
-from eagle3_ray.model.attention import DocumentAttention, build_document_attention
 from eagle3_ray.model.draft import DraftInputs, Eagle3Draft
-from eagle3_ray.model.layout import TttLayout, build_layout
 from eagle3_ray.model.loss import TargetHead
+from eagle3_ray.training.ready import ReadyBin
 from eagle3_ray.training.sharding import clip_grad_norm, run_draft
 
 
@@ -48,30 +44,50 @@ class StepSettings:
     compute_dtype: torch.dtype
 
 
-class StepResult(NamedTuple):
-    """What an update tells.
+class StepResult:
+    """What an update tells: sums for the next logged point, and what the host must know soon, on its way there.
 
     Attributes:
         sums: This rank's sums [6, P] float64 (`loss.SUM_NAMES`).
-        grad_norm: The global gradient norm before clipping.
-        is_stopping: Some rank wants to stop after this step; the same on all ranks.
     """
 
-    sums: Tensor
-    grad_norm: float
-    is_stopping: bool
+    def __init__(self, sums: Tensor, grad_norm: Tensor, num_stopping: Tensor) -> None:
+        self.sums = sums
+        self._numbers = torch.stack((grad_norm.double(), num_stopping.double())).to("cpu", non_blocking=True)
+        self._done = torch.cuda.Event() if sums.is_cuda else None
+        if self._done is not None:
+            self._done.record()
+
+    def wait(self) -> tuple[float, bool]:
+        """Wait until the device has made the update, not for what was queued behind it.
+
+        Returns:
+            The global gradient norm before clipping, and whether some rank wants to stop; the same on all ranks.
+
+        Raises:
+            NonFiniteError: The norm is NaN or Inf, on all ranks alike; the update was left out.
+        """
+        if self._done is not None:
+            self._done.synchronize()
+        grad_norm, num_stopping = self._numbers.tolist()
+        if not math.isfinite(grad_norm):
+            raise NonFiniteError(f"the gradient norm is {grad_norm}.")
+        return grad_norm, bool(num_stopping)
 
 
 def train_step(
     draft: Eagle3Draft,
     optimizer: torch.optim.Optimizer,
     target_head: TargetHead,
-    bins: Sequence[PackedBin],
+    bins: Sequence[ReadyBin],
     epoch: int,
     settings: StepSettings,
     wants_stop: bool = False,
 ) -> StepResult:
     """Update the draft once from this rank's bins of one step. collective: every rank calls it.
+
+    An update whose gradient norm is NaN or Inf leaves the weights and the optimizer as they are; `wait` of the result
+    tells. The host only queues work: it never waits for the device here.
 
     Args:
         draft: This rank's part of it.
@@ -81,83 +97,55 @@ def train_step(
         epoch: Seeds the noise.
         settings: The same on all ranks.
         wants_stop: This rank was told to stop; the update is made all the same, and all ranks learn of it.
-
-    Raises:
-        NonFiniteError: The norm is NaN or Inf, on all ranks alike; nothing is updated.
     """
-    layouts = [build_layout(b.document_ids, b.loss_mask, b.num_tokens, settings.num_ttt_steps) for b in bins]
-    weights, num_stopping = agree_on_step(layouts, settings, wants_stop)
+    weights, num_stopping = agree_on_step(bins, settings, wants_stop)
     sums = torch.zeros(6, settings.num_ttt_steps, dtype=torch.float64, device=settings.device)
-    for packed, layout in zip(bins, layouts, strict=True):
-        inputs = prepare_inputs(packed, layout, settings)
-        inputs = add_noise(inputs, epoch, packed.number, settings)
+    for ready in bins:
+        inputs = add_noise(cast_states(ready.inputs, settings.compute_dtype), epoch, ready.number, settings)
         output = run_draft(draft, inputs, target_head, weights, settings.compute_dtype)
         output.loss.backward()
         sums += output.sums
     trained = [p for p in draft.parameters() if p.requires_grad]
-    # sync: an update that spoils the weights is never made, so the host must know.
-    grad_norm = float(clip_grad_norm(trained, settings.max_grad_norm))
-    if not math.isfinite(grad_norm):
-        optimizer.zero_grad()
-        raise NonFiniteError(f"the gradient norm is {grad_norm}.")
-    optimizer.step()
+    grad_norm = clip_grad_norm(trained, settings.max_grad_norm)
+    update_if_finite(optimizer, grad_norm)
     optimizer.zero_grad()
-    # sync: costs nothing here, the device has just been waited for.
-    return StepResult(sums, grad_norm, is_stopping=bool(num_stopping))
+    return StepResult(sums, grad_norm, num_stopping)
+
+
+def update_if_finite(optimizer: torch.optim.Optimizer, grad_norm: Tensor) -> None:
+    """Make the optimizer's update unless the norm is NaN or Inf, which the device decides by itself.
+
+    As `torch.amp.GradScaler` does with a fused optimizer: where `found_inf` is not 0, it changes neither weights nor
+    moments nor its count of steps.
+    """
+    optimizer.found_inf = (~torch.isfinite(grad_norm)).float()  # type: ignore[attr-defined]
+    optimizer.step()
 
 
 @torch.no_grad()
-def eval_step(draft: Eagle3Draft, target_head: TargetHead, packed: PackedBin, settings: StepSettings) -> Tensor:
+def eval_step(draft: Eagle3Draft, target_head: TargetHead, ready: ReadyBin, settings: StepSettings) -> Tensor:
     """Return this rank's sums [6, P] float64 of one bin, without noise. collective: every rank calls it."""
-    layout = build_layout(packed.document_ids, packed.loss_mask, packed.num_tokens, settings.num_ttt_steps)
     weights = torch.ones(settings.num_ttt_steps, device=settings.device)
-    inputs = prepare_inputs(packed, layout, settings)
+    inputs = cast_states(ready.inputs, settings.compute_dtype)
     return run_draft(draft, inputs, target_head, weights, settings.compute_dtype).sums
 
 
-def agree_on_step(layouts: Sequence[TttLayout], settings: StepSettings, wants_stop: bool) -> tuple[Tensor, Tensor]:
+def agree_on_step(bins: Sequence[ReadyBin], settings: StepSettings, wants_stop: bool) -> tuple[Tensor, Tensor]:
     """Sum over ranks what a step must agree on, in one reduction. collective.
 
     Returns:
         Weights [P] fp32: decay**k divided by the valid targets of step k over all ranks; and the number of ranks
         that want to stop.
     """
-    counts = torch.stack([layout.counts for layout in layouts]).sum(0)
-    totals = sum_over_ranks(torch.cat((counts, counts.new_tensor([wants_stop]))).to(settings.device))
+    counts = torch.stack([ready.inputs.layout.counts for ready in bins]).sum(0)
+    totals = sum_over_ranks(torch.cat((counts, counts.new_full((1,), int(wants_stop)))))
     decay = settings.loss_decay ** torch.arange(settings.num_ttt_steps, device=settings.device)
     return (decay / totals[:-1].clamp(min=1)).float(), totals[-1]
 
 
-def prepare_inputs(packed: PackedBin, layout: TttLayout, settings: StepSettings) -> DraftInputs:
-    """Move a bin without its padding to the device; states cross in the dtype of the files and are cast there."""
-    device, tokens = settings.device, slice(0, layout.num_tokens)
-
-    def move(tensor: Tensor) -> Tensor:
-        return tensor[tokens].to(device, non_blocking=True)
-
-    attend_rows = build_document_attention(layout.documents, layout.rows, layout.num_tokens, device)
-
-    @functools.cache
-    def build_attend_all() -> DocumentAttention:
-        return build_document_attention(layout.documents, torch.arange(layout.num_tokens), layout.num_tokens, device)
-
-    return DraftInputs(
-        input_ids=move(packed.input_ids),
-        aux_states=move(packed.aux_states).to(settings.compute_dtype),
-        last_state=move(packed.last_state).to(settings.compute_dtype),
-        position_ids=move(packed.position_ids),
-        layout=replace(
-            layout,
-            rows=layout.rows.to(device, non_blocking=True),
-            targets=layout.targets.to(device, non_blocking=True),
-            row_of_target=layout.row_of_target.to(device, non_blocking=True),
-            is_valid=layout.is_valid.to(device, non_blocking=True),
-            tokens=layout.tokens.to(device, non_blocking=True),
-            token_of_row=layout.token_of_row.to(device, non_blocking=True),
-        ),
-        attend_rows=attend_rows,
-        attend_all=lambda queries, keys, values, diagonal: build_attend_all()(queries, keys, values, diagonal),
-    )
+def cast_states(inputs: DraftInputs, dtype: torch.dtype) -> DraftInputs:
+    """Return the inputs with states in the compute dtype; they cross to the device in that of the files."""
+    return replace(inputs, aux_states=inputs.aux_states.to(dtype), last_state=inputs.last_state.to(dtype))
 
 
 def add_noise(inputs: DraftInputs, epoch: int, bin_number: int, settings: StepSettings) -> DraftInputs:

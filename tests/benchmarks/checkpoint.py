@@ -29,6 +29,7 @@ from eagle3_ray.model.draft import Eagle3Draft
 from eagle3_ray.model.loss import TargetHead
 from eagle3_ray.training.checkpoint import HostState, write_checkpoint
 from eagle3_ray.training.optim import build_optimizer, set_learning_rate
+from eagle3_ray.training.ready import make_ready
 from eagle3_ray.training.saver import Background
 from eagle3_ray.training.sharding import build_sharded_draft
 from eagle3_ray.training.step import StepSettings, train_step
@@ -62,10 +63,10 @@ def build_training(
     head_weight = torch.randn(arguments.draft_vocab, arguments.hidden).mul_(0.02).to(device, dtype)
     head = TargetHead(head_weight, torch.ones(arguments.hidden, device=device, dtype=dtype), 1e-6)
     settings = StepSettings(arguments.steps, 1.0, 0.0, 0, 1.0, device, dtype)
-    packed = make_bin(arguments)
+    ready = make_ready(make_bin(arguments), settings.num_ttt_steps, len(draft.layers), device)
 
     def update() -> None:
-        train_step(draft, optimizer, head, [packed], 0, settings)
+        train_step(draft, optimizer, head, [ready], 0, settings).wait()
 
     return draft, optimizer, update
 

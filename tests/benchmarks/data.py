@@ -104,8 +104,8 @@ def open_stream(source: BinSource, pack_in: PackIn, num_bins: int) -> Iterator[I
     node_ids = [ray.get_runtime_context().get_node_id()]
     shard = config.configure({"train": dataset}, 1, None, node_ids)[0]["train"]
     bins = (
-        (item.bins[0].number, item.wait_s)
-        for item in iter_step_bins(shard, source, schedule, 0, range(num_bins), pack_in)
+        (item.bins[0], item.wait_s)
+        for item in iter_step_bins(shard, source, schedule, 0, range(num_bins), pack_in, lambda packed: packed.number)
     )
     yield bins
     collections.deque(bins, maxlen=0)  # to its end: what it has begun belongs to no other turn

@@ -29,6 +29,7 @@ from eagle3_ray.model.draft import Eagle3Draft
 from eagle3_ray.model.loss import TargetHead
 from eagle3_ray.training.meter import peak_memory_bytes
 from eagle3_ray.training.optim import build_optimizer, set_learning_rate
+from eagle3_ray.training.ready import make_ready
 from eagle3_ray.training.sharding import build_sharded_draft
 from eagle3_ray.training.step import StepSettings, train_step
 
@@ -132,11 +133,12 @@ def time_steps(
     seconds, first = [], {}
     for repeat in range(repeats + 1):
         start = time.perf_counter()
-        sums, grad_norm, _ = train_step(draft, optimizer, head, [packed], 0, settings)
-        losses = (sums[0] / sums[1].clamp(min=1)).tolist()  # waits for the device
+        ready = make_ready(packed, settings.num_ttt_steps, len(draft.layers), settings.device)
+        result = train_step(draft, optimizer, head, [ready], 0, settings)
+        losses = (result.sums[0] / result.sums[1].clamp(min=1)).tolist()  # waits for the device
         seconds.append(time.perf_counter() - start)
         if repeat == 0:
-            first = {"first_loss": sum(losses), "first_grad_norm": grad_norm}
+            first = {"first_loss": sum(losses), "first_grad_norm": result.wait()[0]}
     return {
         "tokens_per_s": packed.num_tokens / min(seconds[1:]),
         "memory_above_weights_bytes": peak_memory_bytes(settings.device) - resident_bytes,

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from eagle3_ray.model.attention import build_document_attention
 from eagle3_ray.model.draft import Eagle3Draft
-from eagle3_ray.model.layout import build_layout
 from eagle3_ray.model.loss import TargetHead
 from eagle3_ray.training.optim import build_optimizer, set_learning_rate
+from eagle3_ray.training.ready import make_ready
 from eagle3_ray.training.sharding import build_sharded_draft, gather_weights
-from eagle3_ray.training.step import StepSettings, add_noise, prepare_inputs, train_step
+from eagle3_ray.training.step import StepSettings, add_noise, cast_states, train_step
 from tests.unit.training.world import PARITY, load_bins, load_config, load_target_head, load_weights
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -30,7 +30,7 @@ def attend(device: str, dtype: torch.dtype) -> list[Tensor]:
     shapes = [(len(rows), 8, 64), *[(num_tokens, 2, 64)] * 2, *[(len(rows), 2, 64)] * 4]
     inputs = [torch.randn(shape, generator=generator).to(dtype).to(device).requires_grad_() for shape in shapes]
     queries, keys, values, k1, v1, k2, v2 = inputs
-    attend_rows = build_document_attention(documents, rows, num_tokens, torch.device(device))
+    attend_rows = build_document_attention(documents, rows, num_tokens, torch.device(device), lambda x: x.to(device))
     merged = attend_rows(queries, keys, values, [(k1, v1), (k2, v2)])
     weight = torch.randn(merged.shape, generator=generator).to(dtype).to(device)
     grads = torch.autograd.grad((merged * weight).sum(), inputs)
@@ -60,12 +60,13 @@ def train(case: str, compute_dtype: torch.dtype, num_steps: int) -> tuple[Eagle3
     head = TargetHead(on_cpu.weight.to(device, compute_dtype), on_cpu.norm_weight.to(device, compute_dtype), on_cpu.eps)
     spec = EXPECTED[case]["case"]
     settings = StepSettings(spec["ttt_steps"], spec["decay"], 0.0, 0, 1.0, device, compute_dtype)
+    bins = [make_ready(packed, spec["ttt_steps"], len(draft.layers), device) for packed in load_bins()]
     found = []
     for _ in range(num_steps):
         set_learning_rate(optimizer, 1e-3)
-        sums, grad_norm, _ = train_step(draft, optimizer, head, load_bins(), 0, settings)
+        result = train_step(draft, optimizer, head, bins, 0, settings)
         decay = spec["decay"] ** torch.arange(spec["ttt_steps"], dtype=torch.float64)
-        found.append([float((sums[0] / sums[1]).cpu() @ decay), grad_norm])
+        found.append([float((result.sums[0] / result.sums[1]).cpu() @ decay), result.wait()[0]])
     return draft, found
 
 
@@ -90,7 +91,6 @@ def test_masters_stay_fp32_under_bf16_compute_and_norms_move(process_group: None
 def test_noise_on_cuda_is_a_function_of_seed_epoch_and_bin(process_group: None) -> None:
     packed = load_bins()[0]
     settings = StepSettings(3, 1.0, 0.05, 0, 1.0, torch.device("cuda"), torch.bfloat16)
-    layout = build_layout(packed.document_ids, packed.loss_mask, packed.num_tokens, 3)
-    clean = prepare_inputs(packed, layout, settings)
+    clean = cast_states(make_ready(packed, 3, 1, settings.device).inputs, settings.compute_dtype)
     assert torch.equal(add_noise(clean, 1, 4, settings).aux_states, add_noise(clean, 1, 4, settings).aux_states)
     assert not torch.equal(add_noise(clean, 1, 4, settings).aux_states, add_noise(clean, 1, 5, settings).aux_states)

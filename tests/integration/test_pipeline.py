@@ -92,9 +92,16 @@ def assert_same_bin(found: PackedBin, expected: PackedBin) -> None:
 Steps = list[tuple[int, list[PackedBin]]]
 
 
-def consume(shard: DataIterator, source: BinSource, schedule: BinSchedule, rank: int, *rest: Any) -> Steps:
+def as_packed(packed: PackedBin) -> PackedBin:
+    """Prepares nothing: the buffers themselves are looked at."""
+    return packed
+
+
+def consume(
+    shard: DataIterator, source: BinSource, schedule: BinSchedule, rank: int, steps: range, pack_in: PackIn
+) -> Steps:
     """Everything a rank gets, copied: buffers are used again."""
-    items = iter_step_bins(shard, source, schedule, rank, *rest)
+    items = iter_step_bins(shard, source, schedule, rank, steps, pack_in, as_packed)
     return [(item.step, [copy_bin(packed) for packed in item.bins]) for item in items]
 
 
@@ -204,10 +211,10 @@ class FakeShard:
 
 def iter_fake(
     shard: FakeShard, source: BinSource, schedule: BinSchedule, steps: range, rank: int = 0, **options: Any
-) -> Generator[StepBins]:
+) -> Generator[StepBins[PackedBin]]:
     """What a rank makes of a fake shard, packing in the worker."""
     stand_in: Any = shard
-    items = iter_step_bins(stand_in, source, schedule, rank, steps, "worker", **options)
+    items = iter_step_bins(stand_in, source, schedule, rank, steps, "worker", as_packed, **options)
     assert isinstance(items, Generator)
     return items
 
@@ -334,7 +341,7 @@ def test_closing_early_ends_the_reader_and_its_stream(source: BinSource) -> None
     schedule = make_schedule(source, 1, 1, epochs=4)
     steps = range(schedule.total_steps)
     (shard,) = split_like_train(schedule, steps)
-    items = iter_step_bins(shard, source, schedule, 0, steps, "task")
+    items = iter_step_bins(shard, source, schedule, 0, steps, "task", as_packed)
     assert isinstance(items, Generator) and next(items).step == 0 and count_readers() == 1
     items.close()
     wait_for_no_reader()

@@ -3,15 +3,21 @@
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
+from torch._dynamo.testing import CompileCounter
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from eagle3_ray.model.attention import attend_flex, build_block_mask, build_document_attention
+from eagle3_ray.model.attention import BLOCK, BLOCK_TENSORS, attend_flex, build_block_mask, build_document_attention
 from eagle3_ray.model.cpu_attention import cut_into_pieces, merge_diagonals
 
 CPU = torch.device("cpu")
 DOCUMENTS = ((0, 5), (5, 6), (6, 14), (14, 17))
 NUM_TOKENS, HEADS, GROUPS, HEAD_DIM = 17, 4, 2, 8
 ROWS = torch.tensor([0, 3, 4, 5, 6, 7, 12, 13, 16])
+
+
+def keep(tensor: Tensor) -> Tensor:
+    """What `move` is where the tensors stay on the CPU."""
+    return tensor
 
 
 def dense_mask(rows: Tensor, num_later_steps: int) -> Tensor:
@@ -38,7 +44,7 @@ def random_inputs(num_later_steps: int, dtype: torch.dtype) -> list[Tensor]:
 
 
 def ours(queries: Tensor, keys: Tensor, values: Tensor, *later: Tensor) -> Tensor:
-    attend = build_document_attention(DOCUMENTS, ROWS, NUM_TOKENS, CPU)
+    attend = build_document_attention(DOCUMENTS, ROWS, NUM_TOKENS, CPU, keep)
     return attend(queries, keys, values, [(later[i][ROWS], later[i + 1][ROWS]) for i in range(0, len(later), 2)])
 
 
@@ -97,11 +103,54 @@ def test_flex_attention_with_the_merge_equals_the_cpu_implementation(num_later_s
     """FlexAttention has no backward on CPUs; its gradients are compared in tests/gpu."""
     queries, keys, values, *later = (x.detach() for x in random_inputs(num_later_steps, torch.float32))
     diagonal = [(later[i][ROWS], later[i + 1][ROWS]) for i in range(0, len(later), 2)]
-    block_mask = build_block_mask(DOCUMENTS, ROWS, NUM_TOKENS, CPU)
+    block_mask = build_block_mask(DOCUMENTS, ROWS, NUM_TOKENS)
     output, log_sum_exp = attend_flex(queries, keys, values, block_mask, flex_attention)
     found, _ = merge_diagonals(output, log_sum_exp, queries, diagonal)
-    expected = build_document_attention(DOCUMENTS, ROWS, NUM_TOKENS, CPU)(queries, keys, values, diagonal)
+    expected = build_document_attention(DOCUMENTS, ROWS, NUM_TOKENS, CPU, keep)(queries, keys, values, diagonal)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)  # two orders of float32 sums
+
+
+def random_documents(seed: int) -> tuple[list[tuple[int, int]], Tensor, int]:
+    """Documents shorter and longer than a block of 128, and a share of their indexes as rows."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 700, (int(torch.randint(1, 9, (), generator=generator)),), generator=generator)
+    ends = lengths.cumsum(0).tolist()
+    num_tokens, share = ends[-1], torch.rand((), generator=generator)
+    is_row = torch.rand(num_tokens, generator=generator) < share
+    is_row[-ends[0] :] |= seed % 2 == 0  # half of them with blocks that are seen in full
+    is_row[-1] = True
+    return list(zip([0, *ends[:-1]], ends, strict=True)), torch.arange(num_tokens)[is_row], num_tokens
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_block_mask_equals_the_one_made_of_a_mask_of_every_pair(seed: int) -> None:
+    documents, rows, num_tokens = random_documents(seed)
+    document = torch.cat([torch.full((end - start,), n) for n, (start, end) in enumerate(documents)])
+    found = build_block_mask(documents, rows, num_tokens)
+    expected = create_block_mask(
+        lambda _batch, _head, query, key: (rows[query] >= key) & (document[rows[query]] == document[key]),
+        B=None, H=None, Q_LEN=len(rows), KV_LEN=num_tokens, device="cpu",
+    )  # fmt: skip
+    assert found.seq_lengths == expected.seq_lengths and found.BLOCK_SIZE == expected.BLOCK_SIZE
+    for name in BLOCK_TENSORS:
+        tensor, wanted = getattr(found, name), getattr(expected, name)
+        assert tensor.dtype == wanted.dtype and torch.equal(tensor, wanted), name
+    pairs = (torch.arange(len(rows))[:, None], torch.arange(num_tokens)[None, :])
+    zero = torch.zeros((), dtype=torch.int64)
+    assert torch.equal(found.mask_mod(zero, zero, *pairs), expected.mask_mod(zero, zero, *pairs))
+
+
+def test_bins_of_other_lengths_compile_nothing_anew() -> None:
+    """Once for any number of rows, tokens and blocks but one, which is a case of its own; here without a backward."""
+    counter = CompileCounter()
+    kernel = torch.compile(flex_attention, dynamic=True, backend=counter)
+    num_compiled = []
+    for documents, rows, num_tokens in filter(lambda made: len(made[1]) > BLOCK, map(random_documents, range(12))):
+        shapes = [(len(rows), HEADS, 16), (num_tokens, GROUPS, 16), (num_tokens, GROUPS, 16)]
+        queries, keys, values = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) for shape in shapes)
+        attend_flex(queries, keys, values, build_block_mask(documents, rows, num_tokens), kernel)
+        num_compiled.append(counter.frame_count)
+    assert len(num_compiled) > 5 and set(num_compiled) == {1}
 
 
 def test_gradients_through_the_merge_equal_the_dense_brute_force() -> None:

@@ -10,11 +10,11 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from eagle3_ray.data.batch import PackedBin
 from eagle3_ray.model.config import DraftConfig, LayerConfig
-from eagle3_ray.model.draft import Eagle3Draft
+from eagle3_ray.model.draft import DraftInputs, Eagle3Draft
 from eagle3_ray.model.layer import RotaryTable, rotate
-from eagle3_ray.model.layout import build_layout
 from eagle3_ray.model.loss import TargetHead
-from eagle3_ray.training.step import StepSettings, prepare_inputs
+from eagle3_ray.training.ready import make_ready
+from eagle3_ray.training.step import cast_states
 
 HIDDEN, VOCAB, DRAFT_VOCAB, STEPS, AUX = 16, 40, 24, 3, 3
 LENGTHS, PADDING = (7, 1, 9, 4), 5
@@ -113,6 +113,10 @@ def dense_loss(draft: Eagle3Draft, packed: PackedBin, head: TargetHead, weights:
     return torch.stack(terms).sum()
 
 
+def inputs_of(packed: PackedBin, num_layers: int) -> DraftInputs:
+    return cast_states(make_ready(packed, STEPS, num_layers, torch.device("cpu")).inputs, torch.float64)
+
+
 OPTIONS = [
     {},
     {"norm_before_residual": False},
@@ -132,10 +136,8 @@ def test_loss_and_every_gradient_equal_the_dense_oracle(num_layers: int, options
         1e-5,
     )
     weights = torch.tensor([1.0, 0.7, 0.3], dtype=torch.float64)
-    settings = StepSettings(STEPS, 1.0, 0.0, 0, 1.0, torch.device("cpu"), torch.float64)
-    layout = build_layout(packed.document_ids, packed.loss_mask, packed.num_tokens, STEPS)
     trained = {name: p for name, p in draft.named_parameters() if p.requires_grad}
-    found = draft(prepare_inputs(packed, layout, settings), head, weights).loss
+    found = draft(inputs_of(packed, num_layers), head, weights).loss
     expected = dense_loss(draft, packed, head, weights)
     # RoPE angles are float32 on both sides; everything else is float64.
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
@@ -152,10 +154,8 @@ def test_an_empty_bin_gives_every_parameter_a_zero_gradient() -> None:
         -1, 0, 0, packed.input_ids * 0, packed.aux_states * 0, packed.last_state * 0,
         packed.loss_mask & False, packed.document_ids * 0 - 1, packed.position_ids * 0,
     )  # fmt: skip
-    settings = StepSettings(STEPS, 1.0, 0.05, 0, 1.0, torch.device("cpu"), torch.float64)
-    layout = build_layout(empty.document_ids, empty.loss_mask, 0, STEPS)
     head = TargetHead(draft.lm_head.weight.detach().clone(), None, 1e-5)
-    loss, sums = draft(prepare_inputs(empty, layout, settings), head, torch.ones(STEPS))
+    loss, sums = draft(inputs_of(empty, 2), head, torch.ones(STEPS))
     loss.backward()
     assert loss.item() == 0 and not sums.any()
     for name, parameter in draft.named_parameters():

@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 from eagle3_ray.data.batch import PackedBin
 from eagle3_ray.model.config import draft_config_from_speculators
 from eagle3_ray.model.draft import Eagle3Draft
-from eagle3_ray.model.layout import build_layout
 from eagle3_ray.model.loss import TargetHead
 from eagle3_ray.model.verifier import load_verifier_tensors, read_verifier_config
-from eagle3_ray.training.step import StepSettings, agree_on_step, prepare_inputs, train_step
+from eagle3_ray.training.optim import build_optimizer, set_learning_rate
+from eagle3_ray.training.ready import make_ready
+from eagle3_ray.training.step import StepSettings, agree_on_step, cast_states, train_step
 
 PARITY = Path(__file__).parents[2] / "parity" / "small"
 EXPECTED = json.loads((PARITY / "expected.json").read_text())
@@ -70,9 +71,9 @@ def step_settings(case: dict[str, Any]) -> StepSettings:
 def test_losses_counts_and_gradient_norms_equal_the_recorded_ones(case: str) -> None:
     expected = EXPECTED["cases"][case]
     draft, packed, settings = load_draft(case), load_packed_bin(), step_settings(expected["case"])
-    layout = build_layout(packed.document_ids, packed.loss_mask, packed.num_tokens, settings.num_ttt_steps)
-    weights, _ = agree_on_step([layout], settings, wants_stop=False)
-    loss, sums = draft(prepare_inputs(packed, layout, settings), load_target_head(), weights)
+    ready = make_ready(packed, settings.num_ttt_steps, len(draft.layers), settings.device)
+    weights, _ = agree_on_step([ready], settings, wants_stop=False)
+    loss, sums = draft(cast_states(ready.inputs, settings.compute_dtype), load_target_head(), weights)
     loss.backward()
     loss_sum, count, _, prefix_right, _, _ = sums
     metrics = expected["metrics"]
@@ -89,13 +90,14 @@ def test_losses_counts_and_gradient_norms_equal_the_recorded_ones(case: str) -> 
 def test_five_adamw_steps_equal_the_recorded_ones(case: str) -> None:
     expected = EXPECTED["cases"][case]
     draft, packed, settings = load_draft(case), load_packed_bin(), step_settings(expected["case"])
-    trained = [p for p in draft.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.01)
+    optimizer = build_optimizer(draft.parameters(), weight_decay=0.01)
+    set_learning_rate(optimizer, 1e-3)
+    ready = make_ready(packed, settings.num_ttt_steps, len(draft.layers), settings.device)
     decay = settings.loss_decay ** np.arange(settings.num_ttt_steps)
     found = []
     for _ in range(5):
-        sums, grad_norm, _ = train_step(draft, optimizer, load_target_head(), [packed], 0, settings)
-        found.append([float((sums[0] / sums[1]).numpy() @ decay), grad_norm])
+        result = train_step(draft, optimizer, load_target_head(), [ready], 0, settings)
+        found.append([float((result.sums[0] / result.sums[1]).numpy() @ decay), result.wait()[0]])
     np.testing.assert_allclose(found, expected["adamw_5_steps_loss_gradnorm"], rtol=1e-4)
 
 
@@ -105,7 +107,7 @@ def test_padding_is_never_computed_and_changes_nothing() -> None:
     draft, packed, settings = load_draft("one_layer"), load_packed_bin(), step_settings(expected["case"])
     dirty = packed.aux_states.clone()
     dirty[packed.num_tokens :] = torch.nan
-    layout = build_layout(packed.document_ids, packed.loss_mask, packed.num_tokens, settings.num_ttt_steps)
-    weights, _ = agree_on_step([layout], settings, wants_stop=False)
-    inputs = prepare_inputs(replace(packed, aux_states=dirty), layout, settings)
+    ready = make_ready(replace(packed, aux_states=dirty), settings.num_ttt_steps, 1, settings.device)
+    weights, _ = agree_on_step([ready], settings, wants_stop=False)
+    inputs = cast_states(ready.inputs, settings.compute_dtype)
     assert draft(inputs, load_target_head(), weights).loss.item() == pytest.approx(expected["loss"], rel=1e-4)

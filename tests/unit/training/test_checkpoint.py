@@ -21,7 +21,14 @@ from eagle3_ray.training.saver import Background
 from eagle3_ray.training.sharding import gather_weights
 from eagle3_ray.training.step import train_step
 from tests.unit.training.ranks import run_on_ranks
-from tests.unit.training.world import build_draft, filler, load_bins, load_mapping, load_target_head, step_settings
+from tests.unit.training.world import (
+    build_draft,
+    filler,
+    load_mapping,
+    load_ready_bins,
+    load_target_head,
+    step_settings,
+)
 
 
 class Training:
@@ -30,7 +37,7 @@ class Training:
     def __init__(self) -> None:
         self.draft = build_draft()
         self.optimizer = build_optimizer(self.draft.parameters(), 0.01)
-        rows = load_bins() + [filler()] * (-2 % dist.get_world_size())
+        rows = load_ready_bins() + [filler()] * (-2 % dist.get_world_size())
         self._head, self._bins = load_target_head(), rows[dist.get_rank() :: dist.get_world_size()]
 
     def update(self, num_steps: int) -> None:

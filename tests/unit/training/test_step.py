@@ -11,15 +11,24 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from eagle3_ray.errors import NonFiniteError
-from eagle3_ray.model.layout import build_layout
+from eagle3_ray.model.draft import Eagle3Draft
 from eagle3_ray.model.loss import TargetHead
 from eagle3_ray.training.optim import build_optimizer, learning_rate, set_learning_rate, warmup_steps
 from eagle3_ray.training.sharding import gather_weights
-from eagle3_ray.training.step import add_noise, eval_step, prepare_inputs, sum_over_ranks, train_step
+from eagle3_ray.training.step import add_noise, cast_states, eval_step, sum_over_ranks, train_step
 from tests.unit.training.ranks import run_on_ranks
-from tests.unit.training.world import build_draft, filler, load_bins, load_target_head, step_settings
+from tests.unit.training.world import (
+    build_draft,
+    filler,
+    load_bins,
+    load_ready_bins,
+    load_target_head,
+    ready,
+    step_settings,
+)
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
 
@@ -29,7 +38,7 @@ def train_dealt_out(case: str, num_steps: int, noise_std: float) -> tuple[list[l
     rank, world_size = dist.get_rank(), dist.get_world_size()
     draft, settings, target_head = build_draft(case), step_settings(noise_std), load_target_head()
     optimizer = build_optimizer(draft.parameters(), 0.01)
-    rows = load_bins() + [filler()] * (-2 % world_size)
+    rows = load_ready_bins() + [filler()] * (-2 % world_size)
     losses = []
     for step in range(num_steps):
         set_learning_rate(optimizer, 1e-3)
@@ -75,8 +84,9 @@ def train_while_one_rank_wants_to_stop() -> tuple[list[bool], bool]:
         draft, settings, target_head = build_draft(), step_settings(0.05), load_target_head()
         optimizer = build_optimizer(draft.parameters(), 0.01)
         for step in range(3):
-            bins, wants = load_bins()[rank : rank + 1], wants_stop and rank == last and step == 1
-            said.append(train_step(draft, optimizer, target_head, bins, step, settings, wants).is_stopping)
+            bins, wants = load_ready_bins()[rank : rank + 1], wants_stop and rank == last and step == 1
+            result = train_step(draft, optimizer, target_head, bins, step, settings, wants)
+            said.append(result.wait()[1])
         weights.append(gather_weights(draft, torch.float32))
     return said, all(torch.equal(weights[0][name], weight) for name, weight in weights[1].items())
 
@@ -94,7 +104,7 @@ def train_golden(num_steps: int) -> list[float]:
     losses = []
     for step in range(num_steps):
         set_learning_rate(optimizer, learning_rate(step, num_steps, warmup_steps(num_steps, 0.1), 2e-3))
-        sums = train_step(draft, optimizer, target_head, load_bins(), step // 5, settings).sums
+        sums = train_step(draft, optimizer, target_head, load_ready_bins(), step // 5, settings).sums
         losses.append(float((sums[0] / sums[1]).sum()))
     return losses
 
@@ -110,7 +120,7 @@ def find_out_alone() -> dict[str, Any]:
         "golden": train_golden(20),
         "v1": losses_of_version(1),
         "v0": losses_of_version(0),
-        "bad": weights_after_a_bad_bin(),
+        "bad": train_past_a_bad_bin(),
         "bf16": train_in_bf16(),
     }
 
@@ -125,8 +135,8 @@ def test_twenty_steps_follow_the_golden_curve(alone: dict[str, Any]) -> None:
 def losses_of_version(version: int) -> list[float]:
     draft = build_draft()
     head = load_target_head(is_normed=version == 0)
-    sums = sum(eval_step(draft, head, packed, step_settings()) for packed in load_bins(version))
-    assert isinstance(sums, Tensor)
+    bins = load_ready_bins(version)
+    sums = torch.stack([eval_step(draft, head, each, step_settings()) for each in bins]).sum(0)
     return (sums[0] / sums[1]).tolist()
 
 
@@ -136,26 +146,43 @@ def test_v0_and_v1_of_the_same_samples_give_the_same_losses(alone: dict[str, Any
     )  # v0's last state was rounded to bf16 after the norm, v1's before
 
 
-def weights_after_a_bad_bin() -> tuple[str, bool, float]:
-    draft, optimizer_lr = build_draft(), 1e-3
-    optimizer = build_optimizer(draft.parameters(), 0.0)
-    set_learning_rate(optimizer, optimizer_lr)
-    before = gather_weights(draft, torch.float32)
-    good, bad = load_bins()
-    bad.aux_states[3, 5] = torch.inf
-    text = ""
-    try:
-        train_step(draft, optimizer, load_target_head(), [good, bad], 0, step_settings())
-    except NonFiniteError as error:
-        text = str(error)
-    after = gather_weights(draft, torch.float32)
-    norm = train_step(draft, optimizer, load_target_head(), [good], 0, step_settings()).grad_norm
-    return text, all(torch.equal(before[name], after[name]) for name in before), norm
+def whole_state(draft: Eagle3Draft, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Weights, moments and counts of steps, of all ranks. collective."""
+    state = gather_weights(draft, torch.float32)
+    for number, kept in enumerate(optimizer.state.values()):
+        for key, tensor in kept.items():
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            state[f"{number}.{key}"] = whole.clone()
+    return state
 
 
-def test_a_gradient_that_is_not_finite_updates_nothing_and_leaves_no_trace(alone: dict[str, Any]) -> None:
-    text, unchanged, next_norm = alone["bad"]
-    assert "gradient norm is" in text and unchanged and math.isfinite(next_norm)
+def train_past_a_bad_bin() -> tuple[str, list[str], float]:
+    """A good update, one with a bad bin on rank 0, and a good one again.
+
+    Returns what the bad one says, what of the state it has changed, and the norm of the one after it.
+    """
+    rank, size = dist.get_rank(), dist.get_world_size()
+    draft, head = build_draft(), load_target_head()
+    optimizer = build_optimizer(draft.parameters(), 0.01)
+    set_learning_rate(optimizer, 1e-3)
+    good, bad = load_ready_bins()[rank::size], load_bins()
+    bad[0].aux_states[3, 5] = torch.inf
+    train_step(draft, optimizer, head, good, 0, step_settings())
+    before = whole_state(draft, optimizer)
+    result = train_step(draft, optimizer, head, [ready(packed) for packed in bad[rank::size]], 0, step_settings())
+    after = whole_state(draft, optimizer)
+    # Not waited for: an update may be queued behind one that is left out.
+    next_norm, _ = train_step(draft, optimizer, head, good, 0, step_settings()).wait()
+    with pytest.raises(NonFiniteError) as raised:
+        result.wait()
+    return str(raised.value), [name for name in before if not torch.equal(before[name], after[name])], next_norm
+
+
+def test_a_gradient_that_is_not_finite_updates_nothing_and_leaves_no_trace(
+    alone: dict[str, Any], tmp_path: Path
+) -> None:
+    for text, changed, next_norm in (alone["bad"], run_on_ranks(2, train_past_a_bad_bin, tmp_path)):
+        assert "gradient norm is" in text and changed == [] and math.isfinite(next_norm)
 
 
 def train_in_bf16() -> tuple[float, float, set[torch.dtype], bool]:
@@ -169,7 +196,7 @@ def train_in_bf16() -> tuple[float, float, set[torch.dtype], bool]:
     losses = []
     for _ in range(6):
         set_learning_rate(optimizer, 1e-3)
-        sums = train_step(draft, optimizer, head, load_bins(), 0, settings).sums
+        sums = train_step(draft, optimizer, head, load_ready_bins(), 0, settings).sums
         losses.append(float((sums[0] / sums[1]).sum()))
     weights = gather_weights(draft, torch.float32)
     moved = not torch.all(weights["norm.weight"] == 1)
@@ -185,8 +212,7 @@ def test_bf16_compute_keeps_fp32_masters_and_starts_at_the_fp32_loss(alone: dict
 def noisy_inputs(seed_epoch: int, bin_number: int) -> tuple[Tensor, Tensor, Tensor]:
     packed = load_bins()[0]
     settings = step_settings(noise_std=0.05)
-    layout = build_layout(packed.document_ids, packed.loss_mask, packed.num_tokens, 3)
-    clean = prepare_inputs(packed, layout, settings)
+    clean = cast_states(ready(packed).inputs, settings.compute_dtype)
     noisy = add_noise(clean, seed_epoch, bin_number, settings)
     assert torch.equal(noisy.last_state, clean.last_state)
     return clean.aux_states, noisy.aux_states, noisy.aux_states - clean.aux_states

@@ -15,6 +15,7 @@ from eagle3_ray.model.config import DraftConfig, draft_config_from_speculators
 from eagle3_ray.model.draft import Eagle3Draft
 from eagle3_ray.model.loss import TargetHead
 from eagle3_ray.model.verifier import load_verifier_tensors, read_verifier_config
+from eagle3_ray.training.ready import ReadyBin, make_ready
 from eagle3_ray.training.sharding import build_sharded_draft
 from eagle3_ray.training.step import StepSettings
 
@@ -47,8 +48,17 @@ def load_bins(version: int = 1) -> list[PackedBin]:
     ]
 
 
-def filler() -> PackedBin:
-    return pack_samples([], 192, SPEC)
+def filler() -> ReadyBin:
+    return ready(pack_samples([], 192, SPEC))
+
+
+def load_ready_bins(version: int = 1) -> list[ReadyBin]:
+    return [ready(packed) for packed in load_bins(version)]
+
+
+def ready(packed: PackedBin, device: torch.device = CPU) -> ReadyBin:
+    """A bin as any draft's step of three TTT steps takes it."""
+    return make_ready(packed, 3, num_layers=2, device=device)
 
 
 def load_target_head(is_normed: bool = False) -> TargetHead:
