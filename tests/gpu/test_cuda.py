@@ -94,3 +94,21 @@ def test_noise_on_cuda_is_a_function_of_seed_epoch_and_bin(process_group: None) 
     clean = cast_states(make_ready(packed, 3, 1, settings.device).inputs, settings.compute_dtype)
     assert torch.equal(add_noise(clean, 1, 4, settings).aux_states, add_noise(clean, 1, 4, settings).aux_states)
     assert not torch.equal(add_noise(clean, 1, 4, settings).aux_states, add_noise(clean, 1, 5, settings).aux_states)
+
+
+def test_a_step_waits_for_nothing_on_the_device(process_group: None) -> None:
+    device = torch.device("cuda")
+    draft = build_sharded_draft(load_config("one_layer"), load_weights("one_layer"), device, torch.float32)
+    optimizer = build_optimizer(draft.parameters(), 0.0)
+    on_cpu = load_target_head()
+    assert on_cpu.norm_weight is not None
+    head = TargetHead(on_cpu.weight.to(device), on_cpu.norm_weight.to(device), on_cpu.eps)
+    settings = StepSettings(3, 1.0, 0.05, 0, 1.0, device, torch.float32)
+    bins = [make_ready(packed, 3, 1, device) for packed in load_bins()]
+    train_step(draft, optimizer, head, bins, 0, settings).wait()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        result = train_step(draft, optimizer, head, bins, 1, settings)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    result.wait()
