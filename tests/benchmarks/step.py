@@ -34,6 +34,7 @@ from eagle3_ray.training.sharding import build_sharded_draft
 from eagle3_ray.training.step import StepSettings, train_step
 
 LEARNING_RATE = 1e-4
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def read_arguments() -> argparse.Namespace:
@@ -46,7 +47,7 @@ def read_arguments() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--supervised", type=float, default=0.5, help="share of each document's tail, 0..1")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
     parser.add_argument("--peer", help="Python of a virtual environment with speculators")
     return parser.parse_args()
 
@@ -154,16 +155,18 @@ def held_bytes(device: torch.device) -> int:
     return pages * resource.getpagesize()
 
 
-def run_peer(arguments: argparse.Namespace, config: DraftConfig, weights: dict[str, Tensor]) -> dict[str, Any]:
+def run_peer(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return what `peer_step.py` prints of the same step, from weights and bin in files."""
     from safetensors.torch import save_file  # here: without a peer, torch is all that is needed
 
     packed = make_bin(arguments)
+    weights, head_weight = make_weights(arguments)
+    verifier = {"verifier_lm_head.weight": head_weight, "verifier_norm.weight": torch.ones(arguments.hidden)}
     names = ("input_ids", "aux_states", "last_state", "loss_mask", "document_ids", "position_ids")
-    plan = {**vars(arguments), "layer": dict(config.layer.written), "lr": LEARNING_RATE}
+    plan = {**vars(arguments), "layer": dict(make_config(arguments).layer.written), "lr": LEARNING_RATE}
     with tempfile.TemporaryDirectory() as folder:
         save_file({name: getattr(packed, name) for name in names}, f"{folder}/bin.safetensors")
-        save_file(weights, f"{folder}/draft.safetensors")
+        save_file(weights | verifier, f"{folder}/draft.safetensors")
         Path(folder, "step.json").write_text(json.dumps(plan | {"threads": torch.get_num_threads()}))
         done = subprocess.run(
             [arguments.peer, str(Path(__file__).with_name("peer_step.py")), folder],
@@ -189,15 +192,17 @@ def compare(own: dict[str, float], peer: dict[str, Any], dtype: torch.dtype) -> 
     }
 
 
-def main() -> None:
-    """Time it and print what was seen."""
-    arguments = read_arguments()
-    device = torch.device(arguments.device)
-    dtype = torch.float32 if arguments.dtype == "fp32" else torch.bfloat16
-    config = make_config(arguments)
+def make_weights(arguments: argparse.Namespace) -> tuple[dict[str, Tensor], Tensor]:
+    """The draft's random fp32 weights, and those of the verifier's output head: [draft vocabulary, H]."""
     torch.manual_seed(0)
-    weights = dict(Eagle3Draft(config).state_dict())
-    head_weight = torch.randn(arguments.draft_vocab, arguments.hidden).mul_(0.02)
+    weights = dict(Eagle3Draft(make_config(arguments)).state_dict())
+    return weights, torch.randn(arguments.draft_vocab, arguments.hidden).mul_(0.02)
+
+
+def run_own(arguments: argparse.Namespace) -> dict[str, float]:
+    """Time our step of this shape, in a process group of this process alone; as `time_steps`."""
+    device, dtype = torch.device(arguments.device), DTYPES[arguments.dtype]
+    weights, head_weight = make_weights(arguments)
     with tempfile.TemporaryDirectory() as folder:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
@@ -205,18 +210,31 @@ def main() -> None:
             rank=0,
             world_size=1,
         )
-        draft = build_sharded_draft(config, weights, device, dtype)
+        draft = build_sharded_draft(make_config(arguments), weights, device, dtype)
         head = TargetHead(head_weight.to(device, dtype), torch.ones(arguments.hidden, device=device, dtype=dtype), 1e-6)
         # Without noise, which the peer would draw otherwise.
         settings = StepSettings(arguments.steps, 1.0, 0.0, 0, 1.0, device, dtype)
         own = time_steps(draft, head, make_bin(arguments), settings, arguments.repeats)
         dist.destroy_process_group()
+    return own
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or how many threads the CPU works with."""
+    return torch.cuda.get_device_name() if device.type == "cuda" else f"cpu x{torch.get_num_threads()}"
+
+
+def main() -> None:
+    """Time it and print what was seen."""
+    arguments = read_arguments()
+    device, dtype = torch.device(arguments.device), DTYPES[arguments.dtype]
+    own = run_own(arguments)
     rate = matmul_flop_per_s(dtype, device)
     result = {
         "benchmark": "step",
         "date": datetime.date.today().isoformat(),
         "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu x{torch.get_num_threads()}",
+        "device": device_name(device),
         **{name: value for name, value in vars(arguments).items() if name not in ("peer", "device")},
         "tokens_per_s": round(own["tokens_per_s"], 1),
         "share_of_matmul_rate": round(needed_flop(arguments) * own["tokens_per_s"] / arguments.tokens / rate, 3),
@@ -224,8 +242,7 @@ def main() -> None:
         "memory_above_weights_gib": round(own["memory_above_weights_bytes"] / 2**30, 2),
     }
     if arguments.peer:
-        verifier = {"verifier_lm_head.weight": head_weight, "verifier_norm.weight": torch.ones(arguments.hidden)}
-        result |= compare(own, run_peer(arguments, config, weights | verifier), dtype)
+        result |= compare(own, run_peer(arguments), dtype)
     print(json.dumps(result))
 
 
