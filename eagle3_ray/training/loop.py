@@ -31,11 +31,13 @@ def run_rank(job: TrainJob) -> None:
     collective: the ranks take every branch alike; they differ only in the bins they hold.
     """
     rank = start_rank(job)
+    rank.laps.end("model")
     with contextlib.closing(rank.loggers), rank.saver:
         if rank.step == 0:
             record_untrained(rank)
         elif rank.owes_validation:
             finish_epoch(rank)
+        rank.laps.end("validation")
         rank.meter.restart_clock()
         for item in iter_train_bins(rank):
             rank.saver.check()
@@ -104,6 +106,7 @@ def update(rank: Rank, item: StepBins) -> None:
         # Not before: until a step is made there is nothing to save, and the driver stops the run by itself.
         rank.is_listening = True
         job.channel.listen_for_stop(rank.stop_ordered)
+        job.channel.tell(rank.laps.first_step(item.wait_s))
     rank.meter.add(sums, sum(packed.num_tokens for packed in item.bins), item.wait_s)
 
 
