@@ -29,4 +29,7 @@ Imports go down one way, cli -> jobs -> training, generation, export -> data, mo
 training/step, training/loop, jobs/train.
 """
 
+import time
+
 __version__ = "0.1.0"
+BEGAN_S = time.time()  # of a command: nothing of it is imported before this

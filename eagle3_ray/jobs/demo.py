@@ -29,6 +29,7 @@ from eagle3_ray.jobs.cluster import CPUS_FOR_TASKS, check_outlives_job, ray_sess
 from eagle3_ray.machine import usable_cpus
 from eagle3_ray.stopping import when_stopped
 from eagle3_ray.training.run_folder import BEST, INITIAL_METRICS, find_committed
+from eagle3_ray.training.startup import Laps
 
 TTT_STEPS = 3
 FIRST_STEP, TOKENS, LOSS = "val/cond_acc_0", "val/expected_tokens", "val/loss"
@@ -108,7 +109,7 @@ def run(settings: DemoSettings) -> None:
         with announced("4/5 vocab-mapping", "the tokens the draft can say"):
             vocab_mapping.run(vocab_settings(folder, plan))
         with announced("5/5 train", f"the draft, on {settings.num_workers} workers"):
-            train.run(train_settings(folder, plan, settings))
+            train.train_draft(train_settings(folder, plan, settings), Laps())
     results = read_results(folder / "run")
     print(f"\n{describe_results(results)}\n\n{describe_files(folder)}")
     print(f"\ntook {time.monotonic() - started:.0f} s in all")

@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 
+from eagle3_ray import BEGAN_S
 from eagle3_ray.config import TrainSettings
 from eagle3_ray.console import say
 from eagle3_ray.data.index import SampleIndex, build_index, split_index
@@ -44,10 +45,25 @@ from eagle3_ray.training.run_folder import (
     remove_run,
     set_aside_broken_snapshot,
 )
+from eagle3_ray.training.startup import Laps
 
 
 def run(settings: TrainSettings) -> None:
+    """Carry out the command: train a draft, or go on training it, and tell where the time to its first step went.
+
+    Raises: As `train_draft`.
+    """
+    laps = Laps(BEGAN_S)
+    laps.end("imports")
+    train_draft(settings, laps)
+
+
+def train_draft(settings: TrainSettings, laps: Laps) -> None:
     """Train a draft, or go on training it.
+
+    Args:
+        settings: Of the run.
+        laps: Of its start; told with the first step.
 
     Raises:
         Eagle3RayError: Verifier, samples, mapping, checkpoints or cluster do not allow the run. Nothing is lost.
@@ -60,8 +76,10 @@ def run(settings: TrainSettings) -> None:
         check_outlives_job(settings.log_dir, "--log-dir")
     with told_where_to_go_on(settings):
         verifier = read_verifier_config(settings.verifier_name_or_path)
-        with ray_session(job_metadata=describe_job(settings)), ProgressBoard() as board:
-            job = carry_out(settings, verifier, board.channel)
+        laps.end("verifier")
+        with ray_session(job_metadata=describe_job(settings)), ProgressBoard(laps) as board:
+            laps.end("Ray")
+            job = carry_out(settings, verifier, board.channel, laps)
     best = settings.save_path / BEST
     chosen = follow_best(best)
     say(
@@ -72,11 +90,11 @@ def run(settings: TrainSettings) -> None:
     )
 
 
-def carry_out(settings: TrainSettings, verifier: VerifierInfo, channel: Channel) -> TrainJob:
+def carry_out(settings: TrainSettings, verifier: VerifierInfo, channel: Channel, laps: Laps) -> TrainJob:
     """Decide the run, and do what is left of it. Errors as in `run`."""
     workers = choose_workers(settings.num_workers, settings.use_gpu)
     checkpoint = open_run_folder(settings)
-    job = decide_job(settings, verifier, workers, checkpoint, channel)
+    job = decide_job(settings, verifier, workers, checkpoint, channel, laps)
     if checkpoint is not None:
         check_same_run(checkpoint, job.identity)
         text = f"going on from {checkpoint.path} (step {checkpoint.step} of {job.stop_step})"
@@ -85,6 +103,7 @@ def carry_out(settings: TrainSettings, verifier: VerifierInfo, channel: Channel)
         if not settings.resume_from_checkpoint:
             remove_run(settings.save_path)
         write_run_yaml(settings, settings.save_path / RUN_YAML)
+        laps.end("plan")
         stopped_by = fit(job, workers)
         saved = latest_committed(settings.save_path)
         if stopped_by is not None and saved is not None and not job.is_complete(saved):
@@ -159,6 +178,7 @@ def decide_job(
     workers: WorkerRequest,
     checkpoint: CommittedCheckpoint | None,
     channel: Channel,
+    laps: Laps,
 ) -> TrainJob:
     """Read the samples' index, the mapping and the plan, and fix everything a rank needs to know."""
     aux_layer_ids = resolve_aux_layer_ids(settings, verifier)
@@ -174,6 +194,7 @@ def decide_job(
         state_bytes = 2 * spec.hidden_size * (spec.num_aux_layers + 1)  # of a token, in bf16
         check_shared_memory(settings.total_seq_len * state_bytes)
     index = build_index(str(settings.data_path), spec)
+    laps.end("index")
     mapping = resolve_and_write_mapping(settings, verifier)
     train_index, validation_index = split_index(index, settings.train_frac, settings.seed)
     plan, validation_plan = plan_samples(train_index, settings), plan_samples(validation_index, settings)

@@ -35,11 +35,13 @@ def run_rank(job: TrainJob) -> None:
     collective: the ranks take every branch alike; they differ only in the bins they hold.
     """
     rank = start_rank(job)
+    rank.laps.end("model")
     with contextlib.closing(rank.loggers), rank.saver:
         if rank.step == 0:
             record_untrained(rank)
         elif rank.owes_validation:
             finish_epoch(rank)
+        rank.laps.end("validation")
         rank.meter.restart_clock()
         for item in iter_train_bins(rank):
             rank.saver.check()
@@ -109,11 +111,21 @@ def update(rank: Rank, item: StepBins[ReadyBin]) -> None:
     learn_outcome(rank)
     rank.pending = PendingStep(rank.step, [ready.number for ready in item.bins], result)
     rank.step += 1
-    if rank.is_first and not rank.is_listening:
-        # Not before: until a step is made there is nothing to save, and the driver stops the run by itself.
-        rank.is_listening = True
-        job.channel.listen_for_stop(rank.stop_ordered)
+    if not rank.is_listening:
+        begin_listening(rank, item.wait_s)
     rank.meter.add(result.sums, sum(ready.num_tokens for ready in item.bins), item.wait_s)
+
+
+def begin_listening(rank: Rank, wait_s: float) -> None:
+    """Once the first step is made, have rank 0 tell how long that took, and listen for an order to stop. collective.
+
+    Not before: until a step is made there is nothing to save, and the driver stops the run by itself.
+    """
+    learn_outcome(rank)
+    rank.is_listening = True
+    if rank.is_first:
+        rank.job.channel.listen_for_stop(rank.stop_ordered)
+        rank.job.channel.tell(rank.laps.first_step(wait_s))
 
 
 def learn_outcome(rank: Rank) -> None:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from eagle3_ray.console import say, speaks_json
 from eagle3_ray.training.channel import Channel, open_channel
+from eagle3_ray.training.startup import FirstStep, Laps, add_up, describe_startup
 
 LINE_EVERY_S = 10.0
 
@@ -43,10 +44,16 @@ class Note:
 
 
 class ProgressBoard:
-    """The driver's end: a context manager that shows what rank 0 tells until it is left."""
+    """The driver's end: a context manager that shows what rank 0 tells until it is left.
 
-    def __init__(self) -> None:
+    Args:
+        laps: The driver's own part of the time until the first step.
+    """
+
+    def __init__(self, laps: Laps) -> None:
         self.channel: Channel = open_channel()
+        self._laps = laps
+        self._shows_startup = True
         self._draws = sys.stderr.isatty() and not speaks_json()
         self._bar: tqdm[Any] | None = None
         self._epoch = -1
@@ -69,14 +76,16 @@ class ProgressBoard:
         while (item := self._next_item()) is not None:
             if isinstance(item, Note):
                 self._show_note(item)
+            elif isinstance(item, FirstStep):
+                self._show_startup(item)
             elif self._draws:
                 self._show_step(item)
             else:
                 self._write_step(item)
 
-    def _next_item(self) -> StepProgress | Note | None:
+    def _next_item(self) -> StepProgress | Note | FirstStep | None:
         try:
-            item: StepProgress | Note | None = self.channel.take()
+            item: StepProgress | Note | FirstStep | None = self.channel.take()
         except RayActorError:
             return None
         return item
@@ -87,6 +96,13 @@ class ProgressBoard:
             sys.stdout.flush()
         else:
             say(note.text, note.event, **note.fields)
+
+    def _show_startup(self, item: FirstStep) -> None:
+        if self._shows_startup:  # not of workers that were started again
+            parts_s = {part: round(seconds, 3) for part, seconds in add_up(self._laps, item).items()}
+            fields = {"after_s": round(sum(parts_s.values()), 3), "parts_s": parts_s}
+            self._show_note(Note(describe_startup(parts_s), "first_step", fields))
+            self._shows_startup = False
 
     def _write_step(self, item: StepProgress) -> None:
         now = time.monotonic()

@@ -29,6 +29,7 @@ from eagle3_ray.training.optim import build_optimizer
 from eagle3_ray.training.run_folder import STATE, check_same_run, latest_committed
 from eagle3_ray.training.saver import Saver, as_ray_checkpoint
 from eagle3_ray.training.sharding import build_sharded_draft
+from eagle3_ray.training.startup import Laps
 from eagle3_ray.training.step import StepResult, StepSettings
 from eagle3_ray.training.telemetry import RayGauges, last_validation
 
@@ -58,9 +59,10 @@ class Rank:
         grad_norm: Of the last update learnt of, before clipping.
         metrics: Of the last logged point.
         owes_validation: The checkpoint it went on from was stored at the end of an epoch, without validation.
-        is_listening: Rank 0 listens for the driver's order to stop.
+        is_listening: A step is made, and rank 0 listens for the driver's order to stop.
         stop_ordered: Set on rank 0 once the driver orders to stop.
         is_stopping: All ranks have agreed to save and stop.
+        laps: Where the time until its first step goes.
     """
 
     number: int
@@ -82,6 +84,7 @@ class Rank:
     is_listening: bool
     stop_ordered: threading.Event
     is_stopping: bool
+    laps: Laps
 
     @property
     def is_first(self) -> bool:
@@ -97,7 +100,7 @@ def start_rank(job: TrainJob) -> Rank:
     Raises:
         CheckpointError: A checkpoint is there but is damaged or of another run; never a silent fresh start.
     """
-    settings, number = job.settings, dist.get_rank()
+    laps, settings, number = Laps(), job.settings, dist.get_rank()
     device = ray.train.torch.get_device()
     # A local Ray may have one CPU more than the machine, for the tasks beside the workers.
     torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
@@ -142,6 +145,7 @@ def start_rank(job: TrainJob) -> Rank:
         is_listening=False,
         stop_ordered=threading.Event(),
         is_stopping=False,
+        laps=laps,
     )
 
 

@@ -21,6 +21,7 @@ from eagle3_ray.training.progress import (
     describe_epoch,
     describe_progress,
 )
+from eagle3_ray.training.startup import FirstStep, Laps
 
 METRICS = {
     "train/loss": 3.14159,
@@ -57,14 +58,16 @@ class Stream(io.StringIO):
         return self._is_terminal
 
 
-def show(monkeypatch: pytest.MonkeyPatch, is_terminal: bool, *items: StepProgress | Note) -> tuple[str, str]:
+def show(
+    monkeypatch: pytest.MonkeyPatch, is_terminal: bool, *items: StepProgress | Note | FirstStep
+) -> tuple[str, str]:
     """What stdout and stderr show of these items."""
     stdout, stderr = Stream(is_terminal), Stream(is_terminal)
     with monkeypatch.context() as patched:
         patched.setattr(progress, "open_channel", FakeChannel)
         patched.setattr(sys, "stdout", stdout)
         patched.setattr(sys, "stderr", stderr)
-        with ProgressBoard() as board:
+        with ProgressBoard(Laps()) as board:
             for item in items:
                 board.channel.tell(item)
         channel: Any = board.channel
@@ -142,6 +145,23 @@ def test_in_json_each_line_is_an_object_with_what_belongs_to_it(
     assert stderr == ""
 
 
+FIRST_STEP = FirstStep(began_s=0.0, parts_s={"model": 1.25, "first bin": 0.25, "first step": 0.5})  # long ago
+
+
+def test_the_parts_of_the_start_are_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    stdout, _ = show(monkeypatch, False, FIRST_STEP, NOTES[0], FIRST_STEP)
+    line = "first step after 2.0 s: workers 0.0, model 1.2, first bin 0.2, first step 0.5"
+    assert stdout.splitlines() == [line, "epoch 1/2  saved /run/0"]
+
+
+def test_the_parts_of_the_start_are_told_in_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "_log_format", "json")
+    stdout, _ = show(monkeypatch, True, FIRST_STEP)
+    found = json.loads(stdout)
+    assert found["event"] == "first_step" and found["after_s"] == 2.0
+    assert found["parts_s"] == {"workers": 0.0, "model": 1.25, "first bin": 0.25, "first step": 0.5}
+
+
 def test_notes_stand_on_lines_of_their_own_above_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     stdout, _ = show(monkeypatch, True, STEPS[0], Note("saved"), STEPS[1])
     assert "saved\n" in stdout.splitlines(keepends=True)
@@ -158,7 +178,7 @@ def tell(channel: Channel, items: list[StepProgress | Note]) -> None:
 @pytest.mark.usefixtures("ray_cluster")
 def test_what_a_ray_worker_tells_is_shown_by_the_driver(capfd: pytest.CaptureFixture[str]) -> None:
     lines = [f"line {number}" for number in range(200)]
-    with ProgressBoard() as board:
+    with ProgressBoard(Laps()) as board:
         ray.get(tell.remote(board.channel, [of_step(0, 10), *map(Note, lines)]))
     # Read once nothing is written any more: a capture that is read meanwhile loses text.
     assert capfd.readouterr().out.splitlines() == [FIRST_LINE, *lines]  # all of them, in the order they were told in
