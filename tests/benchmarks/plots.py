@@ -162,10 +162,10 @@ def distinct(rows: Iterable[Row], name: str) -> list[str]:
     return list(dict.fromkeys(str(row[name]) for row in rows if name in row))
 
 
-def settings(name: str, theme: Theme) -> dict[str, Any]:
+def settings(name: str, theme: Theme) -> mpl.RcParams:
     """Return matplotlib's settings of a picture."""
     inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    return {
+    found = {
         **dict.fromkeys(inked, theme.ink),
         "font.family": "DejaVu Sans",  # comes with matplotlib
         "font.size": 9,
@@ -178,6 +178,7 @@ def settings(name: str, theme: Theme) -> dict[str, Any]:
         "legend.frameon": False,
         "svg.hashsalt": name,  # ids that are the same each time
     }
+    return mpl.RcParams(found)
 
 
 def draw(name: str, theme: Theme) -> Figure:
