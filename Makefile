@@ -20,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export RAY_USAGE_STATS_ENABLED = 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install test bench demo demo-short check format image image-test k8s-check k8s-rehearsal flags lock constraints clean distclean
+.PHONY: help install test bench plots demo demo-short check format image image-test k8s-check k8s-rehearsal flags lock constraints clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -41,6 +41,9 @@ test: $(INSTALLED) ## run all tests
 
 bench: $(INSTALLED) ## run the benchmarks, a quarter of an hour on a quiet machine; ARGS='--peer peer/bin/python'
 	$(BIN)/python -m tests.benchmarks $(ARGS)
+
+plots: $(INSTALLED) ## draw the README's pictures anew from tests/benchmarks/results
+	$(BIN)/python -m tests.benchmarks.plots $(ARGS)
 
 demo: $(INSTALLED) ## train a real draft from nothing and show the gain (./demo)
 	$(BIN)/eagle3-ray demo $(ARGS)

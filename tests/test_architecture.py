@@ -159,10 +159,11 @@ def test_workers_and_ray_trains_controller_start_without_transformers(module: st
     assert done.returncode == 0, done.stderr or "it is imported, which takes every process seconds"
 
 
-def test_the_step_benchmark_needs_torch_and_numpy_alone() -> None:
+@pytest.mark.parametrize("module", ["step", "tokens"])
+def test_a_benchmark_of_the_step_needs_torch_and_numpy_alone(module: str) -> None:
     """So that it runs on any borrowed GPU."""
     absent = ("ray", "transformers", "pydantic", "safetensors", "huggingface_hub", "pyarrow", "pandas", "yaml", "tyro")
-    program = f"import sys\nsys.modules.update(dict.fromkeys({absent!r}))\nimport tests.benchmarks.step"
+    program = f"import sys\nsys.modules.update(dict.fromkeys({absent!r}))\nimport tests.benchmarks.{module}"
     done = subprocess.run([sys.executable, "-c", program], cwd=PACKAGE.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
