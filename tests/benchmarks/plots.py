@@ -99,30 +99,6 @@ def label_bars(axes: Axes, bars: BarContainer, values: list[float]) -> None:
     axes.margins(x=0.32)
 
 
-def draw_tokens(figure: Figure, rows: list[Row], theme: Theme) -> None:
-    """A token's time, and the memory of a step with the straight line through it, over the size of the bin."""
-    row = rows[-1]
-    tokens = [size["tokens"] for size in row["rows"]]
-    time, memory = figure.subplots(1, 2)
-    time.plot(tokens, [size["us_per_token"] for size in row["rows"]], "o-", color=theme.own)
-    time.set_ylabel("microseconds per token")
-    live_gib = [size["live_memory_above_weights_mib"] / 2**10 for size in row["rows"]]
-    slope_gib = row["bytes_per_token"] / 2**30
-    start_gib = sum(live_gib) / len(tokens) - slope_gib * sum(tokens) / len(tokens)  # the line meets the mean
-    line = [start_gib + slope_gib * size for size in tokens]
-    memory.plot(tokens, line, color=theme.peer, label=f"{row['bytes_per_token'] / 2**10:.0f} KiB per token")
-    memory.plot(tokens, live_gib, "o", color=theme.own, label="live tensors")
-    peak_gib = [size["memory_above_weights_mib"] / 2**10 for size in row["rows"]]
-    memory.plot(tokens, peak_gib, "_", color=theme.ink, label="peak of the process")
-    memory.legend(loc="upper left")
-    memory.set_ylabel("GiB above weights")
-    for axes in (time, memory):
-        axes.set_ylim(0, 1.15 * axes.dataLim.ymax)
-        axes.set_xlim(left=0)
-        axes.set_xticks(tokens, [f"{size / 1024:g}k" for size in tokens])
-        axes.set_xlabel("tokens in the bin")
-
-
 DRAFT = "hidden {hidden}, draft vocabulary {draft_vocab}, "
 PLOTS = {
     "step": Plot(
@@ -133,12 +109,6 @@ PLOTS = {
         "Data path, from files to a rank",
         "hidden {hidden}, bins of {total_seq_len} tokens",
         draw_data,
-    ),
-    "tokens": Plot(
-        "tokens-cpu.jsonl",
-        "Training step over the size of the bin",
-        DRAFT + "{dtype}, {steps} TTT steps, half-supervised documents of {document} tokens",
-        draw_tokens,
     ),
 }
 
