@@ -1,7 +1,8 @@
-"""All files of a folder, each read once by Ray tasks: lengths, supervised tokens, token counts.
+"""All files of a folder, each read once: lengths, supervised tokens, token counts.
 
-A task opens some hundred files, reads ids and mask, and looks at 16 rows of the last hidden state; the rest of a
-file is read only when it is trained on. Any file that is no usable sample ends the run before it begins.
+The driver reads for two seconds, in which a small folder is done before the processes of Ray tasks would have started;
+tasks read the rest, some hundred files each. Of a file ids and mask are read, and 16 rows of the last hidden state; its
+rest only when it is trained on. Any file that is no usable sample ends the run before it begins.
 """
 
 import functools
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import ray
@@ -32,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 MAX_FILES_PER_TASK = 256
 TASKS_PER_CPU = 4  # running or waiting; small folders are cut into so many
+READ_HERE_S = 2.0  # what it takes to start processes for tasks
+FILES_AT_A_TIME_HERE = 32
 CPUS_PER_TASK = 0.5  # half of such a task is waiting for the disk
 REPORT_EVERY_S = 10.0
 REMOTE_FILES_AT_A_TIME = 16  # of one task
@@ -98,8 +101,7 @@ def build_index(data_path: str, spec: SampleSpec) -> SampleIndex:
     known = {path: cached[path][1] for path, stamp in stamps.items() if path in cached and cached[path][0] == stamp}
     changed = [path for path in stamps if path not in known]
     bad_files = BadFiles()
-    spec_ref = ray.put(spec)
-    for paths, (facts, bad) in _map_files(_inspect_files, root, changed, spec_ref):
+    for paths, (facts, bad) in _map_files(_inspect_files, root, changed, spec):
         known.update({path: fact for path, fact in zip(paths, facts, strict=True) if fact is not None})
         bad_files.add(bad)
     if changed:
@@ -173,8 +175,7 @@ def _check_any_sample(root: str, num_samples: int, version: int) -> None:
 
 
 def _inspect_files(root: str, paths: list[str], spec: SampleSpec) -> tuple[list[FileFacts | None], BadFiles]:
-    """One task of `build_index`: facts of each file, None for a bad one."""
-    torch.set_num_threads(1)
+    """Facts of each file for `build_index`, None for a bad one."""
     facts: list[FileFacts | None] = []
     bad_files = BadFiles()
     for path, sample in _map_paths(functools.partial(inspect_sample, spec=spec), root, paths):
@@ -191,8 +192,7 @@ def _inspect_files(root: str, paths: list[str], spec: SampleSpec) -> tuple[list[
 def _count_files(
     root: str, paths: list[str], data_format_version: int, vocab_size: int
 ) -> tuple[NDArray[np.int64], int, BadFiles]:
-    """One task of `count_supervised_tokens`: counts [W], samples read, bad files."""
-    torch.set_num_threads(1)
+    """A part of `count_supervised_tokens`: counts [W], samples read, bad files."""
     supervised_ids = []
     bad_files = BadFiles()
     inspect = functools.partial(inspect_tokens, data_format_version=data_format_version, vocab_size=vocab_size)
@@ -217,23 +217,36 @@ def _map_paths(inspect: Callable[[str], Result], root: str, paths: list[str]) ->
 
 
 def _map_files(
-    task: Callable[..., Result], root: str, paths: list[str], *arguments: object
+    read: Callable[..., Result], root: str, paths: list[str], *arguments: object
 ) -> Iterator[tuple[list[str], Result]]:
-    """Run `task(root, some paths, *arguments)` over all paths in Ray; yield (those paths, result) as they finish.
+    """Yield (some paths, `read(root, those paths, *arguments)`) until all paths are read, here and then in Ray tasks.
 
     Raises:
-        Eagle3RayError: As the task raised it, or ClusterError because the task was lost for good.
+        Eagle3RayError: As `read` raised it, or ClusterError because its task was lost for good.
     """
-    num_cpus = int(ray.cluster_resources().get("CPU", 1)) if paths else 1
+    num_here, until_s = 0, time.monotonic() + READ_HERE_S
+    while num_here < len(paths) and time.monotonic() < until_s:
+        chunk = paths[num_here : num_here + FILES_AT_A_TIME_HERE]
+        yield chunk, read(root, chunk, *arguments)
+        num_here += len(chunk)
+    if num_here < len(paths):
+        yield from _map_in_tasks(read, root, paths[num_here:], *map(ray.put, arguments))
+
+
+def _map_in_tasks(
+    read: Callable[..., Result], root: str, paths: list[str], *arguments: "ray.ObjectRef[Any]"
+) -> Iterator[tuple[list[str], Result]]:
+    """The same, by tasks alone, as they finish."""
+    num_cpus = int(ray.cluster_resources().get("CPU", 1))
     num_files = min(MAX_FILES_PER_TASK, max(1, len(paths) // (TASKS_PER_CPU * num_cpus)))
     chunks = iter([paths[start : start + num_files] for start in range(0, len(paths), num_files)])
-    remote = ray.remote(num_cpus=CPUS_PER_TASK)(task)
+    remote = ray.remote(num_cpus=CPUS_PER_TASK)(_read_in_task)
     running: dict[ray.ObjectRef[Result], list[str]] = {}
     num_done, last_report_s = 0, time.monotonic()
     while True:
         # Few at a time: a result of the counting task is as long as the vocabulary.
         for chunk in itertools.islice(chunks, TASKS_PER_CPU * num_cpus - len(running)):
-            running[remote.remote(root, chunk, *arguments)] = chunk
+            running[remote.remote(read, root, chunk, *arguments)] = chunk
         if not running:
             return
         done, _ = ray.wait(list(running), num_returns=1)
@@ -258,3 +271,8 @@ def _map_files(
         if time.monotonic() - last_report_s > REPORT_EVERY_S:
             logger.info("%s: %d of %d files read", root, num_done, len(paths))
             last_report_s = time.monotonic()
+
+
+def _read_in_task(read: Callable[..., Result], root: str, paths: list[str], *arguments: Any) -> Result:
+    torch.set_num_threads(1)
+    return read(root, paths, *arguments)

@@ -235,9 +235,23 @@ def test_counts_are_those_of_one_loop_however_the_files_are_dealt(
         content = make_content(length, seed=seed)
         for token, supervised in zip(content["input_ids"].tolist(), content["loss_mask"].tolist(), strict=True):
             expected[token] += supervised
+    monkeypatch.setattr(index_module, "READ_HERE_S", 0)
     monkeypatch.setattr(index_module, "TASKS_PER_CPU", tasks_per_cpu)  # on 4 CPUs: two files a task, or one
     counts = count_supervised_tokens(str(tmp_path), 1, VOCAB_SIZE)
     assert counts.dtype == np.int64 and np.array_equal(counts, expected)
+
+
+@pytest.mark.parametrize("read_here_s", [0.0, 60.0])
+def test_an_index_is_the_same_whoever_reads_the_files(
+    tmp_path: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch, read_here_s: float
+) -> None:
+    monkeypatch.setattr(index_module, "READ_HERE_S", read_here_s)
+    lengths = [20, 5, 33, 4, 17, 50, 6]
+    write_samples(tmp_path, lengths)
+    assert build_index(str(tmp_path), make_spec()).num_tokens.tolist() == lengths
+    write_bad_file(tmp_path / "bad.pt", "id_too_large")
+    with pytest.raises(DataError, match=r"1 of 8 \.pt files are not usable v1 samples"):
+        build_index(str(tmp_path), make_spec())
 
 
 def test_counting_refuses_bad_files_with_the_same_report(tmp_path: Path, ray_cluster: None) -> None:
