@@ -1,8 +1,8 @@
 """All files of a folder, each read once: lengths, supervised tokens, token counts.
 
+An index reads of a file its ids and mask, and 16 rows of the last hidden state; the rest only when it is trained on.
 The driver reads for two seconds, in which a small folder is done before the processes of Ray tasks would have started;
-tasks read the rest, some hundred files each. Of a file ids and mask are read, and 16 rows of the last hidden state; its
-rest only when it is trained on. Any file that is no usable sample ends the run before it begins.
+tasks read the rest, some hundred files each. Any file that is no usable sample ends the run before it begins.
 """
 
 import functools
@@ -101,7 +101,7 @@ def build_index(data_path: str, spec: SampleSpec) -> SampleIndex:
     known = {path: cached[path][1] for path, stamp in stamps.items() if path in cached and cached[path][0] == stamp}
     changed = [path for path in stamps if path not in known]
     bad_files = BadFiles()
-    for paths, (facts, bad) in _map_files(_inspect_files, root, changed, spec):
+    for paths, (facts, bad) in _inspect_all(root, changed, spec):
         known.update({path: fact for path, fact in zip(paths, facts, strict=True) if fact is not None})
         bad_files.add(bad)
     if changed:
@@ -138,7 +138,8 @@ def count_supervised_tokens(data_path: str, data_format_version: int, vocab_size
     counts = np.zeros(vocab_size, dtype=np.int64)
     num_samples = 0
     bad_files = BadFiles()
-    for _, (task_counts, task_samples, bad) in _map_files(_count_files, root, files, data_format_version, vocab_size):
+    results = _map_in_tasks(_count_files, root, files, data_format_version, vocab_size)
+    for _, (task_counts, task_samples, bad) in results:
         counts += task_counts
         num_samples += task_samples
         bad_files.add(bad)
@@ -216,27 +217,27 @@ def _map_paths(inspect: Callable[[str], Result], root: str, paths: list[str]) ->
         yield from zip(paths, pool.map(inspect, full_paths), strict=True)
 
 
-def _map_files(
+def _inspect_all(
+    root: str, paths: list[str], spec: SampleSpec
+) -> Iterator[tuple[list[str], tuple[list[FileFacts | None], BadFiles]]]:
+    """Yield (some paths, what `_inspect_files` finds in them) until all are read: here first, then in Ray tasks."""
+    num_here, until_s = 0, time.monotonic() + READ_HERE_S
+    while num_here < len(paths) and time.monotonic() < until_s:
+        chunk = paths[num_here : num_here + FILES_AT_A_TIME_HERE]
+        yield chunk, _inspect_files(root, chunk, spec)
+        num_here += len(chunk)
+    if num_here < len(paths):
+        yield from _map_in_tasks(_inspect_files, root, paths[num_here:], ray.put(spec))
+
+
+def _map_in_tasks(
     read: Callable[..., Result], root: str, paths: list[str], *arguments: object
 ) -> Iterator[tuple[list[str], Result]]:
-    """Yield (some paths, `read(root, those paths, *arguments)`) until all paths are read, here and then in Ray tasks.
+    """Run `read(root, some paths, *arguments)` over all paths in Ray; yield (those paths, result) as they finish.
 
     Raises:
         Eagle3RayError: As `read` raised it, or ClusterError because its task was lost for good.
     """
-    num_here, until_s = 0, time.monotonic() + READ_HERE_S
-    while num_here < len(paths) and time.monotonic() < until_s:
-        chunk = paths[num_here : num_here + FILES_AT_A_TIME_HERE]
-        yield chunk, read(root, chunk, *arguments)
-        num_here += len(chunk)
-    if num_here < len(paths):
-        yield from _map_in_tasks(read, root, paths[num_here:], *map(ray.put, arguments))
-
-
-def _map_in_tasks(
-    read: Callable[..., Result], root: str, paths: list[str], *arguments: "ray.ObjectRef[Any]"
-) -> Iterator[tuple[list[str], Result]]:
-    """The same, by tasks alone, as they finish."""
     num_cpus = int(ray.cluster_resources().get("CPU", 1))
     num_files = min(MAX_FILES_PER_TASK, max(1, len(paths) // (TASKS_PER_CPU * num_cpus)))
     chunks = iter([paths[start : start + num_files] for start in range(0, len(paths), num_files)])

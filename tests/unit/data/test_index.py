@@ -235,7 +235,6 @@ def test_counts_are_those_of_one_loop_however_the_files_are_dealt(
         content = make_content(length, seed=seed)
         for token, supervised in zip(content["input_ids"].tolist(), content["loss_mask"].tolist(), strict=True):
             expected[token] += supervised
-    monkeypatch.setattr(index_module, "READ_HERE_S", 0)
     monkeypatch.setattr(index_module, "TASKS_PER_CPU", tasks_per_cpu)  # on 4 CPUs: two files a task, or one
     counts = count_supervised_tokens(str(tmp_path), 1, VOCAB_SIZE)
     assert counts.dtype == np.int64 and np.array_equal(counts, expected)
