@@ -166,7 +166,7 @@ def iter_step_bins(
     pin_memory: bool = False,
     num_prefetch: int = 2,
 ) -> Iterator[StepBins[Ready]]:
-    """Yield this rank's bins of each step in `steps`, read and prepared ahead by a thread.
+    """Yield this rank's bins of each step in `steps`, read and prepared ahead by a thread from the call on.
 
     Args:
         shard: This rank's split of the dataset of exactly these steps.
@@ -202,17 +202,19 @@ def iter_step_bins(
         except BaseException as error:  # noqa: BLE001
             offer(error)
 
-    thread = threading.Thread(target=produce, name="bins", daemon=True)
-    thread.start()
-    try:
-        for _ in steps:
-            start = time.perf_counter()
-            item = results.get()
-            if isinstance(item, BaseException):
-                raise item
-            yield StepBins(*item, wait_s=time.perf_counter() - start)
-    finally:
-        is_closed.set()
+    def take() -> Iterator[StepBins[Ready]]:
+        try:
+            for _ in steps:
+                start = time.perf_counter()
+                item = results.get()
+                if isinstance(item, BaseException):
+                    raise item
+                yield StepBins(*item, wait_s=time.perf_counter() - start)
+        finally:
+            is_closed.set()
+
+    threading.Thread(target=produce, name="bins", daemon=True).start()
+    return take()
 
 
 def _read_steps(

@@ -19,7 +19,6 @@ from eagle3_ray.jobs.failures import raise_cause
 from eagle3_ray.stopping import Stopped, deferred_stop
 from eagle3_ray.storage import ObjectPath
 from eagle3_ray.training.job import TrainJob
-from eagle3_ray.training.loop import run_rank
 from eagle3_ray.training.stream import build_train_stream, build_validation_stream
 
 SIGNAL_POLL_S = 0.2
@@ -39,7 +38,7 @@ def fit(job: TrainJob, workers: WorkerRequest) -> signal.Signals | None:
     if job.validation_source is not None:
         datasets["validation"] = functools.partial(build_validation_stream, job)
     trainer = TorchTrainer(
-        functools.partial(run_rank, job),
+        functools.partial(run_worker, job),
         scaling_config=ScalingConfig(
             num_workers=workers.num_workers,
             use_gpu=workers.use_gpu,
@@ -58,6 +57,13 @@ def fit(job: TrainJob, workers: WorkerRequest) -> signal.Signals | None:
         return run_until_told_to_stop(trainer.fit, job.channel.order_stop)
     except (ray.train.TrainingFailedError, RayError) as error:
         raise_cause(error, restart_flag="--max-failures")
+
+
+def run_worker(job: TrainJob) -> None:
+    """Train; what a worker needs for that takes the driver a second to import, and is imported on the worker alone."""
+    from eagle3_ray.training.loop import run_rank
+
+    run_rank(job)
 
 
 def run_until_told_to_stop(work: Callable[[], object], order_stop: Callable[[], bool]) -> signal.Signals | None:

@@ -37,13 +37,14 @@ def run_rank(job: TrainJob) -> None:
     rank = start_rank(job)
     rank.laps.end("model")
     with contextlib.closing(rank.loggers), rank.saver:
+        items = iter_train_bins(rank)  # read from now on, while the draft is validated
         if rank.step == 0:
             record_untrained(rank)
         elif rank.owes_validation:
             finish_epoch(rank)
         rank.laps.end("validation")
         rank.meter.restart_clock()
-        for item in iter_train_bins(rank):
+        for item in items:
             rank.saver.check()
             update(rank, item)
             is_last, is_epoch_end = rank.step == job.stop_step, rank.step % job.schedule.steps_per_epoch == 0

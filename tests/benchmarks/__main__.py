@@ -22,6 +22,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "data": ("tests.benchmarks.data",),
     "plan": ("tests.benchmarks.plan",),
     "checkpoint": ("tests.benchmarks.checkpoint",),
+    "startup": ("tests.benchmarks.startup",),
 }
 # What the table shows of each, if it was measured.
 SHOWN = (
@@ -30,6 +31,7 @@ SHOWN = (
     "worker_times_peer_bytes_per_cpu_s", "task_times_peer_bytes_per_cpu_s", "worker_wait_frac", "task_wait_frac",
     "plan_s", "plan_peak_mib", "refresh_changed_s", "refresh_changed_files_opened",
     "step_s", "stall_s", "blocking_save_s", "write_s",
+    "after_s", "parts_s", "command_s",
 )  # fmt: skip
 
 
