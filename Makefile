@@ -39,7 +39,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 test: $(INSTALLED) ## run all tests
 	$(BIN)/python -m pytest $(ARGS)
 
-bench: $(INSTALLED) ## run the benchmarks, a quarter of an hour on a quiet machine; ARGS='--peer peer/bin/python'
+bench: $(INSTALLED) ## run the benchmarks, on a quiet machine; ARGS='--peer peer/bin/python'
 	$(BIN)/python -m tests.benchmarks $(ARGS)
 
 plots: $(INSTALLED) ## draw the README's pictures anew from tests/benchmarks/results

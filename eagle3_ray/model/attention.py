@@ -60,9 +60,7 @@ def build_document_attention(
     return attend
 
 
-def build_block_mask(
-    documents: Sequence[tuple[int, int]], rows: Tensor, num_tokens: int, move: Move = lambda tensor: tensor
-) -> BlockMask:
+def build_block_mask(documents: Sequence[tuple[int, int]], rows: Tensor, num_tokens: int, move: Move) -> BlockMask:
     """Return FlexAttention's mask of `rows` [R] over T keys: same document and not later.
 
     Its blocks are found on the host from the first and the last key of each row, as `create_block_mask` would find

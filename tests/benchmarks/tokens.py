@@ -34,7 +34,7 @@ Row = dict[str, float]
 
 
 def read_arguments() -> argparse.Namespace:
-    """The defaults take less than three minutes and 4 GiB on a quiet 2-core machine."""
+    """The shape to time; the defaults fit a 2-core CPU."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in {
         "hidden": 256, "intermediate": 704, "heads": 4, "kv-heads": 2, "vocab": 4000, "draft-vocab": 2000,

@@ -103,7 +103,7 @@ def test_flex_attention_with_the_merge_equals_the_cpu_implementation(num_later_s
     """FlexAttention has no backward on CPUs; its gradients are compared in tests/gpu."""
     queries, keys, values, *later = (x.detach() for x in random_inputs(num_later_steps, torch.float32))
     diagonal = [(later[i][ROWS], later[i + 1][ROWS]) for i in range(0, len(later), 2)]
-    block_mask = build_block_mask(DOCUMENTS, ROWS, NUM_TOKENS)
+    block_mask = build_block_mask(DOCUMENTS, ROWS, NUM_TOKENS, keep)
     output, log_sum_exp = attend_flex(queries, keys, values, block_mask, flex_attention)
     found, _ = merge_diagonals(output, log_sum_exp, queries, diagonal)
     expected = build_document_attention(DOCUMENTS, ROWS, NUM_TOKENS, CPU, keep)(queries, keys, values, diagonal)
@@ -126,7 +126,7 @@ def random_documents(seed: int) -> tuple[list[tuple[int, int]], Tensor, int]:
 def test_the_block_mask_equals_the_one_made_of_a_mask_of_every_pair(seed: int) -> None:
     documents, rows, num_tokens = random_documents(seed)
     document = torch.cat([torch.full((end - start,), n) for n, (start, end) in enumerate(documents)])
-    found = build_block_mask(documents, rows, num_tokens)
+    found = build_block_mask(documents, rows, num_tokens, keep)
     expected = create_block_mask(
         lambda _batch, _head, query, key: (rows[query] >= key) & (document[rows[query]] == document[key]),
         B=None, H=None, Q_LEN=len(rows), KV_LEN=num_tokens, device="cpu",
@@ -140,6 +140,13 @@ def test_the_block_mask_equals_the_one_made_of_a_mask_of_every_pair(seed: int) -
     assert torch.equal(found.mask_mod(zero, zero, *pairs), expected.mask_mod(zero, zero, *pairs))
 
 
+def test_some_of_these_masks_have_blocks_that_are_seen_in_full_and_some_have_none() -> None:
+    """So that the test above compares both."""
+    masks = [build_block_mask(*random_documents(seed), keep) for seed in range(12)]
+    num_full = [0 if mask.full_kv_num_blocks is None else int(mask.full_kv_num_blocks.sum()) for mask in masks]
+    assert max(num_full) > 0 and min(num_full) == 0
+
+
 def test_bins_of_other_lengths_compile_nothing_anew() -> None:
     """Once for any number of rows, tokens and blocks but one, which is a case of its own; here without a backward."""
     counter = CompileCounter()
@@ -148,7 +155,7 @@ def test_bins_of_other_lengths_compile_nothing_anew() -> None:
     for documents, rows, num_tokens in filter(lambda made: len(made[1]) > BLOCK, map(random_documents, range(12))):
         shapes = [(len(rows), HEADS, 16), (num_tokens, GROUPS, 16), (num_tokens, GROUPS, 16)]
         queries, keys, values = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) for shape in shapes)
-        attend_flex(queries, keys, values, build_block_mask(documents, rows, num_tokens), kernel)
+        attend_flex(queries, keys, values, build_block_mask(documents, rows, num_tokens, keep), kernel)
         num_compiled.append(counter.frame_count)
     assert len(num_compiled) > 5 and set(num_compiled) == {1}
 
