@@ -25,6 +25,7 @@ LAYERS: dict[str, set[str]] = {
     "config": {"schema", "storage"},
     "schema": {"storage"},
     "storage": {"errors"},
+    "background": set(),
     "console": set(),
     "stopping": set(),
     "machine": set(),
@@ -37,7 +38,7 @@ LAYERS: dict[str, set[str]] = {
     "model": {"model", "config", "storage", "errors"},
     "training": {
         *("training", "model", "data", "config", "storage", "errors"),
-        *("loggers", "metrics", "speculators_format", "versions", "console", "machine"),
+        *("loggers", "metrics", "speculators_format", "versions", "background", "console", "machine"),
     },
     "training.run_folder": {"storage", "errors"},
     "generation": {"generation", "model", "data", "config", "storage", "errors"},
@@ -49,7 +50,7 @@ LAYERS: dict[str, set[str]] = {
     "jobs": {
         *("", "jobs", "training", "generation", "export", "demo", "model", "data"),
         *("config", "errors", "loggers", "metrics", "settings_file", "speculators_format", "storage", "versions"),
-        *("console", "machine", "stopping"),
+        *("background", "console", "machine", "stopping"),
     },
 }
 
@@ -73,7 +74,7 @@ LIBRARIES: dict[str, set[str]] = {
 HEAVY = {"torch", "ray", "transformers", "numpy", "pandas", "pyarrow", "safetensors"}
 NAMES_THAT_SAY_NOTHING = {"utils", "util", "common", "helpers", "helper", "base", "misc", "tools"}
 # A thread of theirs hands every error to the one that waits for it, which raises it.
-FORWARDS_EVERY_ERROR = {"data.pipeline", "jobs.fit", "training.saver"}
+FORWARDS_EVERY_ERROR = {"background", "data.pipeline"}
 
 
 def name_of(path: Path) -> str:

@@ -1,8 +1,8 @@
 """Plan -> Ray Data stream -> bins on a rank, in plan order, checked.
 
-Ray Data deals out the numbers of the rows in the order of `BinSchedule`: blocks of one deal each, which
-`streaming_split` gives to the ranks in turn. The documentation promises no such thing, so each rank checks every row's
-number. It packs the samples into buffers that it uses again; `pack_in` says where they are read and checked:
+Ray Data deals out the rows of a run in the order of `BinSchedule`: blocks of one deal each, some steps of one rank,
+which `streaming_split` gives to the ranks in turn. The documentation promises no such thing, so each rank checks every
+row's number. It packs the samples into buffers that it uses again; `pack_in` says where they are read and checked:
 
     "worker"   in the rank's own thread            page cache -> buffer: one copy of a byte
     "task"     in Ray tasks, bins ahead of it      page cache -> object store -> buffer: two copies
@@ -19,7 +19,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
-import numpy as np
 import ray
 import ray.data
 import torch
@@ -37,7 +36,7 @@ __all__ = ["BinSource", "PackIn", "StepBins", "TENSORS", "bin_execution_options"
 
 PackIn = Literal["worker", "task"]
 
-STEPS_PER_DEAL = 1024  # numbers alone: a deal costs Ray Data some milliseconds, whatever is in it
+MAX_DEALS, MIN_STEPS_PER_DEAL = 256, 1024  # a deal costs Ray Data some milliseconds, whatever is in it
 # One that takes less has more processes than CPUs; Ray ends those beyond that number when they are idle, and the next
 # bin waits for another one to start.
 CPUS_PER_TASK = 1
@@ -52,25 +51,24 @@ TENSORS = ("input_ids", "aux_states", "last_state", "loss_mask", "document_ids",
 def build_bin_dataset(schedule: BinSchedule, start_step: int, end_step: int) -> Dataset:
     """Return the rows of steps [start_step, end_step), dealt out to the ranks: deal k is for rank k mod W.
 
+    A deal is a row of Ray Data's: the first of a rank's rows (every W-th from there), and how many they are. Nothing is
+    read to make it, so that no task has to start before the first bin.
+
     Args:
         schedule: Which row belongs where.
         start_step: First optimizer step, counted over all epochs; a resumed run starts here and skips nothing.
-        end_step: One past the last; the last deal may go on beyond it.
+        end_step: One past the last.
     """
     quieten_ray_data()
-    steps_per_deal = min(STEPS_PER_DEAL, end_step - start_step)
-    num_deals = -(-(end_step - start_step) // steps_per_deal) * schedule.num_workers
-    num_workers, micro_steps = schedule.num_workers, schedule.micro_steps
-
-    # Nothing of this module in it: a task that deals in numbers alone imports no torch.
-    def emit_rows(batch: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        turn, rank = divmod(batch["id"], num_workers)
-        micro_step = np.arange(steps_per_deal * micro_steps)  # of all steps of a deal
-        first = (start_step + turn * steps_per_deal) * micro_steps
-        return {"row": (first[:, None] + micro_step) * num_workers + rank[:, None]}
-
-    # A task of one block always ends: one that waited to be read from would hold a CPU that the bins' tasks need.
-    return ray.data.range(num_deals, override_num_blocks=num_deals).map_batches(emit_rows, batch_size=1)
+    num_turns = max(1, MAX_DEALS // schedule.num_workers)
+    steps_per_deal = max(MIN_STEPS_PER_DEAL, -(-(end_step - start_step) // num_turns))
+    deals = [
+        {"first_row": schedule.row(first, rank, 0), "num_rows": (last - first) * schedule.micro_steps}
+        for first in range(start_step, end_step, steps_per_deal)
+        for last in (min(first + steps_per_deal, end_step),)
+        for rank in range(schedule.num_workers)
+    ]
+    return ray.data.from_items(deals, override_num_blocks=len(deals))
 
 
 def bin_execution_options() -> ExecutionOptions:
@@ -156,7 +154,7 @@ class StepBins(NamedTuple, Generic[Ready]):
 
 
 def iter_step_bins(
-    shard: DataIterator,
+    shard: DataIterator | None,
     source: BinSource,
     schedule: BinSchedule,
     rank: int,
@@ -169,7 +167,8 @@ def iter_step_bins(
     """Yield this rank's bins of each step in `steps`, read and prepared ahead by a thread from the call on.
 
     Args:
-        shard: This rank's split of the dataset of exactly these steps.
+        shard: This rank's split of the dataset of exactly these steps; None to go by the schedule without being dealt
+            rows, as a pass that is always made as a whole can.
         source: The samples and the plan.
         schedule: As given to `build_bin_dataset`.
         rank: This rank.
@@ -218,7 +217,7 @@ def iter_step_bins(
 
 
 def _read_steps(
-    shard: DataIterator,
+    shard: DataIterator | None,
     source: BinSource,
     schedule: BinSchedule,
     rank: int,
@@ -231,7 +230,8 @@ def _read_steps(
 
     A consumer that holds one item, a queue of `num_buffers - 2` and the one being filled never share a buffer.
     """
-    rows = _iter_rows(shard, schedule, rank, steps)
+    expected = (schedule.row(step, rank, number) for step in steps for number in range(schedule.micro_steps))
+    rows = expected if shard is None else _check_rows(iter_dealt(shard, schedule.num_workers), expected, schedule)
     bins = _iter_in_tasks(source, schedule, rows) if pack_in == "task" else _iter_here(source, schedule, rows)
     ring: list[list[PackedBin]] = []
     for turn, step in enumerate(steps):
@@ -249,20 +249,25 @@ def _read_steps(
         yield step, list(buffers)
 
 
-def _iter_rows(shard: DataIterator, schedule: BinSchedule, rank: int, steps: range) -> Iterator[int]:
-    """Yield the numbers of a rank's rows as they were dealt to it.
+def iter_dealt(shard: DataIterator, num_workers: int) -> Iterator[int]:
+    """Yield the numbers of the rows that a rank is dealt."""
+    for deal in shard.iter_batches(batch_size=1, batch_format="numpy"):
+        first, number = int(deal["first_row"][0]), int(deal["num_rows"][0])
+        yield from range(first, first + number * num_workers, num_workers)
+
+
+def _check_rows(dealt: Iterator[int], expected: Iterator[int], schedule: BinSchedule) -> Iterator[int]:
+    """Yield the rows as they were dealt.
 
     Raises:
         DataError: A row is missing or out of order.
     """
-    deals = shard.iter_batches(batch_size=1, batch_format="numpy")
-    dealt = (row for deal in deals for row in deal["row"].ravel().tolist())
-    for step in steps:
-        for micro_step in range(schedule.micro_steps):
-            found, expected = next(dealt, None), schedule.row(step, rank, micro_step)
-            if found != expected:
-                raise DataError(f"rank {rank}, step {step}: expected row {expected} of the stream, found {found}.")
-            yield expected
+    for row in expected:
+        found = next(dealt, None)
+        if found != row:
+            place = schedule.place(row)
+            raise DataError(f"rank {place.rank}, step {place.step}: expected row {row} of the stream, found {found}.")
+        yield row
 
 
 def _iter_here(

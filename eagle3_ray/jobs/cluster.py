@@ -73,6 +73,8 @@ def _start_local(num_cpus: int) -> None:
     # So does its warning of little shared memory, at length; ours is below.
     for name in ("ray._private.authentication.authentication_token_setup", "ray._private.services"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # Ray Train's watch for nodes that are taken away is a process more to start; this node goes with the command.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     free_bytes = free_shared_memory_bytes()
     try:
         with _stop_told_by_ray():

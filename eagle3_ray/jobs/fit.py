@@ -3,15 +3,14 @@
 import concurrent.futures
 import functools
 import signal
-import threading
 from collections.abc import Callable
-from typing import Any
 
 import ray.train
 from ray.exceptions import RayError
 from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
+from eagle3_ray.background import in_background
 from eagle3_ray.console import say
 from eagle3_ray.data.pipeline import bin_execution_options
 from eagle3_ray.jobs.cluster import WorkerRequest
@@ -19,7 +18,7 @@ from eagle3_ray.jobs.failures import raise_cause
 from eagle3_ray.stopping import Stopped, deferred_stop
 from eagle3_ray.storage import ObjectPath
 from eagle3_ray.training.job import TrainJob
-from eagle3_ray.training.stream import build_train_stream, build_validation_stream
+from eagle3_ray.training.stream import build_train_stream
 
 SIGNAL_POLL_S = 0.2
 
@@ -34,9 +33,6 @@ def fit(job: TrainJob, workers: WorkerRequest) -> signal.Signals | None:
         Eagle3RayError: What a worker raised on purpose, or `ClusterError` for a worker that was lost.
         Stopped: By a signal before the first step, or by Ctrl-C after one.
     """
-    datasets: dict[str, Any] = {"train": functools.partial(build_train_stream, job)}
-    if job.validation_source is not None:
-        datasets["validation"] = functools.partial(build_validation_stream, job)
     trainer = TorchTrainer(
         functools.partial(run_worker, job),
         scaling_config=ScalingConfig(
@@ -50,7 +46,7 @@ def fit(job: TrainJob, workers: WorkerRequest) -> signal.Signals | None:
             storage_filesystem=job.save_dir.filesystem if isinstance(job.save_dir, ObjectPath) else None,
             failure_config=FailureConfig(max_failures=job.settings.max_failures),
         ),
-        datasets=datasets,
+        datasets={"train": functools.partial(build_train_stream, job)},
         dataset_config=DataConfig(execution_options=bin_execution_options()),
     )
     try:
@@ -60,7 +56,11 @@ def fit(job: TrainJob, workers: WorkerRequest) -> signal.Signals | None:
 
 
 def run_worker(job: TrainJob) -> None:
-    """Train; what a worker needs for that takes the driver a second to import, and is imported on the worker alone."""
+    """Train. What a worker needs for that is imported here, on the worker alone: it would take the driver a second.
+
+    The process that deals out the bins is started by the first who asks for them, and starts while that is imported.
+    """
+    ray.train.get_dataset_shard("train")
     from eagle3_ray.training.loop import run_rank
 
     run_rank(job)
@@ -81,10 +81,9 @@ def run_until_told_to_stop(work: Callable[[], object], order_stop: Callable[[], 
     Raises:
         Stopped: By a signal that `order_stop` could not pass on, or by Ctrl-C after one. The work is abandoned.
     """
-    outcome: concurrent.futures.Future[object] = concurrent.futures.Future()
     is_ordered = False
     with deferred_stop() as received:
-        threading.Thread(target=_do, args=(work, outcome), name="work", daemon=True).start()
+        outcome = in_background(work, "work")
         while not outcome.done():
             concurrent.futures.wait([outcome], timeout=SIGNAL_POLL_S)
             number = received()
@@ -97,11 +96,3 @@ def run_until_told_to_stop(work: Callable[[], object], order_stop: Callable[[], 
                 say(f"{number.name}: saving after this step; Ctrl-C from now on stops at once", "stopping")
         outcome.result()
         return received()
-
-
-def _do(work: Callable[[], object], outcome: "concurrent.futures.Future[object]") -> None:
-    # Whatever goes wrong in this thread belongs to the main one, which waits for it.
-    try:
-        outcome.set_result(work())
-    except BaseException as error:  # noqa: BLE001
-        outcome.set_exception(error)

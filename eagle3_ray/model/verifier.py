@@ -20,7 +20,8 @@ from torch import Tensor
 
 from eagle3_ray.errors import VerifierError
 from eagle3_ray.model.tensor_file import read_tensor, read_tensor_names
-from eagle3_ray.storage import ObjectPath, StoragePath, to_path
+from eagle3_ray.model.verifier_name import absolute_name, to_folder
+from eagle3_ray.storage import ObjectPath, StoragePath
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -259,22 +260,9 @@ def _read_tensor(info: VerifierInfo, file_name: str, tensor_name: str) -> Tensor
     return tensor
 
 
-def absolute_name(name_or_path: str) -> str:
-    """Return a local folder's absolute path, a URL in its one form, and a hub id as it is."""
-    folder = _to_folder(name_or_path)
-    return name_or_path if isinstance(folder, Path) and not folder.is_dir() else str(folder.resolve())
-
-
-def _to_folder(name_or_path: str) -> StoragePath:
-    try:
-        return to_path(name_or_path)
-    except ValueError as error:
-        raise VerifierError(f"{name_or_path}: {error}.") from error
-
-
 def _resolve_file(name_or_path: str, file_name: str) -> StoragePath | None:
     """Return the path of one file of the verifier, downloaded from the hub if need be; None if it has none."""
-    folder = _to_folder(name_or_path)
+    folder = to_folder(name_or_path)
     if isinstance(folder, ObjectPath):
         return folder / file_name if (folder / file_name).is_file() else None
     if folder.is_dir():

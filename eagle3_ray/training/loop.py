@@ -74,9 +74,9 @@ def iter_train_bins(rank: Rank) -> Iterator[StepBins[ReadyBin]]:
 
 
 def iter_bins(
-    rank: Rank, shard: DataIterator, source: BinSource, schedule: BinSchedule, steps: range
+    rank: Rank, shard: DataIterator | None, source: BinSource, schedule: BinSchedule, steps: range
 ) -> Iterator[StepBins[ReadyBin]]:
-    """Stream this rank's bins of some steps, laid out and on the device."""
+    """Stream this rank's bins of some steps, laid out and on the device: those it is dealt, or by the schedule."""
     settings = rank.settings
     prepare = functools.partial(
         make_ready,
@@ -192,8 +192,7 @@ def validate(rank: Rank) -> dict[str, float]:
         return {}
     meter = Meter(job.settings.ttt_steps, rank.settings.device)
     steps = range(job.validation_schedule.steps_per_epoch)
-    shard = ray.train.get_dataset_shard("validation")
-    for item in iter_bins(rank, shard, rank.validation_source, job.validation_schedule, steps):
+    for item in iter_bins(rank, None, rank.validation_source, job.validation_schedule, steps):
         if item.step % STOP_EVERY_VALIDATION_STEPS == 0 and agree_to_stop(rank):
             return {}
         for ready in item.bins:

@@ -7,7 +7,6 @@ What fails behind is raised before the next step, or at the end, which waits for
 """
 
 import functools
-import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any
@@ -16,6 +15,7 @@ import ray.train
 import torch
 from ray.train import Checkpoint, CheckpointConsistencyMode, CheckpointUploadMode
 
+from eagle3_ray.background import in_background
 from eagle3_ray.model.draft import Eagle3Draft
 from eagle3_ray.storage import ObjectPath, StoragePath, telling
 from eagle3_ray.training.checkpoint import HostState, told_as_not_saved, write_checkpoint
@@ -33,9 +33,7 @@ class Background:
     def start(self, work: Callable[[], None]) -> None:
         """Do it while the caller goes on."""
         self.wait()
-        self._pending = Future()
-        # A daemon: a disk that does not answer must not keep a process alive that is told to end.
-        threading.Thread(target=_do, args=(work, self._pending), name="save", daemon=True).start()
+        self._pending = in_background(work, "save")
 
     def check(self) -> None:
         """Raise what it has met, if it is done; never waits."""
@@ -47,15 +45,6 @@ class Background:
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
-
-
-def _do(work: Callable[[], None], outcome: "Future[None]") -> None:
-    # Whatever goes wrong in this thread belongs to the one that goes on meanwhile.
-    try:
-        work()
-        outcome.set_result(None)
-    except BaseException as error:  # noqa: BLE001
-        outcome.set_exception(error)
 
 
 class Saver:

@@ -29,8 +29,8 @@ class Laps:
         self.end_at(part, time.time())
 
     def end_at(self, part: str, now_s: float) -> None:
-        """End a part at a time of the clock; none is negative, whatever the clocks say."""
-        self.parts_s[part] = max(now_s - self.ended_s, 0.0)
+        """End a part at a time of the clock; none is negative, whatever the clocks say. One of an earlier name adds."""
+        self.parts_s[part] = self.parts_s.get(part, 0.0) + max(now_s - self.ended_s, 0.0)
         self.ended_s = now_s
 
     def first_step(self, wait_s: float) -> "FirstStep":

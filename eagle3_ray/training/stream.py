@@ -17,10 +17,3 @@ def build_train_stream(job: TrainJob) -> ray.data.Dataset:
     # A restart after the last checkpoint was committed has nothing left to read, but Ray wants a dataset.
     end = max(job.stop_step, start + 1)
     return build_bin_dataset(job.schedule, start, end)
-
-
-def build_validation_stream(job: TrainJob) -> ray.data.Dataset:
-    """Stream every validation bin once a pass."""
-    assert job.validation_schedule is not None
-    steps = job.validation_schedule.steps_per_epoch
-    return build_bin_dataset(job.validation_schedule, 0, steps)

@@ -26,59 +26,28 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from eagle3_ray.data.index_cache import CACHE_DIR
-from eagle3_ray.data.vocab import choose_vocab, write_mapping
-from eagle3_ray.demo.tiny_verifier import MAX_POSITIONS
+from eagle3_ray.flags import flag_name
 from eagle3_ray.jobs.demo import FULL, TTT_STEPS
 from eagle3_ray.machine import usable_cpus
-from tests.makers import write_samples
+from tests.benchmarks.inputs import train_flags, write_inputs
 
 MEAN_TOKENS = 230  # of the demo's conversations
 
 
-def write_inputs(folder: Path) -> None:
-    """Make a verifier, samples and a vocabulary mapping of the demo's shape, of random numbers."""
-    recipe = FULL.verifier
-    num_heads = recipe.hidden_size // recipe.head_dim
-    config = LlamaConfig(
-        vocab_size=recipe.vocab_size,
-        hidden_size=recipe.hidden_size,
-        intermediate_size=recipe.intermediate_size,
-        num_hidden_layers=recipe.num_layers,
-        num_attention_heads=num_heads,
-        num_key_value_heads=num_heads,
-        head_dim=recipe.head_dim,
-        max_position_embeddings=MAX_POSITIONS,
-        tie_word_embeddings=False,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).bfloat16().save_pretrained(folder / "verifier")
-    lengths = np.random.default_rng(0).integers(MEAN_TOKENS // 2, MEAN_TOKENS * 3 // 2, FULL.num_prompts).tolist()
-    write_samples(folder / "data", lengths, hidden_size=recipe.hidden_size, vocab_size=recipe.vocab_size)
-    counts = np.arange(recipe.vocab_size, 0, -1)
-    mapping = choose_vocab(counts, FULL.draft_vocab_size)
-    write_mapping(mapping, str(folder / "d2t.npy"), str(folder / "t2d.npy"))
-
-
 def train(folder: Path, save_dir: Path, num_workers: int) -> dict[str, Any]:
     """Run the command; return what it told of its first step, and the seconds it took as a whole."""
-    flags: dict[str, object] = {
-        "verifier-name-or-path": folder / "verifier",
-        "data-path": folder / "data",
-        "d2t-path": folder / "d2t.npy",
-        "t2d-path": folder / "t2d.npy",
-        "save-path": save_dir,
-        "log-dir": folder / "logs",
+    flags = train_flags(folder) | {
+        "save_path": save_dir,
         "logger": "tensorboard",
-        "total-seq-len": FULL.total_seq_len,
-        "ttt-steps": TTT_STEPS,
-        "num-workers": num_workers,
-        "max-steps": 3,
-        "log-format": "json",
+        "total_seq_len": FULL.total_seq_len,
+        "ttt_steps": TTT_STEPS,
+        "num_workers": num_workers,
+        "max_steps": 3,
+        "log_format": "json",
     }
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    words = [word for name, value in flags.items() for word in (flag_name(name), str(value))]
     command = [sys.executable, "-m", "eagle3_ray", "train", "--no-use-gpu", *words]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     start_s = time.perf_counter()
@@ -97,7 +66,8 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="eagle3-benchmark-") as name:
         folder = Path(name)
-        write_inputs(folder)
+        lengths = np.random.default_rng(0).integers(MEAN_TOKENS // 2, MEAN_TOKENS * 3 // 2, FULL.num_prompts)
+        write_inputs(folder, FULL.verifier, lengths.tolist(), FULL.draft_vocab_size)
         found = []
         for number in range(arguments.runs):
             shutil.rmtree(folder / "data" / CACHE_DIR, ignore_errors=True)

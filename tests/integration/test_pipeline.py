@@ -206,7 +206,7 @@ class FakeShard:
         for row in self._rows:
             time.sleep(self._delay_s)
             self.num_dealt += 1
-            yield {"row": np.array([row])}
+            yield {"first_row": np.array([row]), "num_rows": np.array([1])}
 
 
 def iter_fake(

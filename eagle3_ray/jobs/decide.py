@@ -1,0 +1,181 @@
+"""What `train` decides before any worker starts; whatever can be refused is refused here: samples, mapping, plan."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from eagle3_ray.config import TrainSettings
+from eagle3_ray.console import say
+from eagle3_ray.data.index import SampleIndex, build_index, split_index
+from eagle3_ray.data.packing import BinSchedule, PackingPlan, plan_bins
+from eagle3_ray.data.pipeline import BinSource
+from eagle3_ray.data.samples import SampleSpec
+from eagle3_ray.data.vocab import VocabMapping, write_mapping
+from eagle3_ray.errors import DataError
+from eagle3_ray.jobs.cluster import WorkerRequest, check_shared_memory
+from eagle3_ray.jobs.vocab_mapping import resolve_mapping
+from eagle3_ray.model.config import DraftConfig, build_draft_config
+from eagle3_ray.model.verifier import VerifierInfo, load_final_norm
+from eagle3_ray.storage import StoragePath
+from eagle3_ray.training.channel import Channel
+from eagle3_ray.training.job import TrainJob
+from eagle3_ray.training.run_folder import CommittedCheckpoint
+from eagle3_ray.training.startup import Laps
+
+
+def decide_job(
+    settings: TrainSettings,
+    verifier: VerifierInfo,
+    workers: WorkerRequest,
+    checkpoint: CommittedCheckpoint | None,
+    channel: Channel,
+    laps: Laps,
+) -> TrainJob:
+    """Read the samples' index, the mapping and the plan, and fix everything a rank needs to know."""
+    aux_layer_ids = resolve_aux_layer_ids(settings, verifier)
+    spec = SampleSpec(
+        data_format_version=settings.data_format_version,
+        hidden_size=verifier.hidden_size,
+        num_aux_layers=len(aux_layer_ids),
+        vocab_size=verifier.vocab_size,
+        final_norm_weight=load_final_norm(verifier).float(),
+        rms_norm_eps=verifier.rms_norm_eps,
+    )
+    if settings.pack_in == "task":
+        state_bytes = 2 * spec.hidden_size * (spec.num_aux_layers + 1)  # of a token, in bf16
+        check_shared_memory(settings.total_seq_len * state_bytes)
+    index = build_index(str(settings.data_path), spec)
+    laps.end("index")
+    mapping = resolve_and_write_mapping(settings, verifier)
+    train_index, validation_index = split_index(index, settings.train_frac, settings.seed)
+    plan, validation_plan = plan_samples(train_index, settings), plan_samples(validation_index, settings)
+    if not plan.bins:
+        raise DataError(f"{settings.data_path}: no training sample has a supervised token. Check the loss masks.")
+    describe_data(index, plan, validation_plan)
+    draft_config = build_draft_config(verifier, settings, len(mapping.draft_to_verifier_offset), aux_layer_ids)
+    schedule = BinSchedule(
+        num_bins=len(plan.bins),
+        bins_per_step=settings.bins_per_step or saved_bins_per_step(checkpoint) or workers.num_workers,
+        num_workers=workers.num_workers,
+        epochs=settings.epochs,
+    )
+    has_validation = len(validation_plan.bins) > 0
+    return TrainJob(
+        settings=settings,
+        verifier=verifier,
+        draft_config=draft_config,
+        mapping=mapping,
+        train_source=ray.put(BinSource(spec, train_index, plan, settings.seed)),
+        validation_source=ray.put(BinSource(spec, validation_index, validation_plan, settings.seed))
+        if has_validation
+        else None,
+        schedule=schedule,
+        validation_schedule=BinSchedule(len(validation_plan.bins), workers.num_workers, workers.num_workers, 1)
+        if has_validation
+        else None,
+        stop_step=min(schedule.total_steps, settings.max_steps or schedule.total_steps),
+        identity=run_identity(settings, draft_config, mapping, plan, schedule),
+        channel=channel,
+    )
+
+
+def resolve_aux_layer_ids(settings: TrainSettings, verifier: VerifierInfo) -> tuple[int, ...]:
+    """Return the auxiliary layers in serving numbering: from the flag, else from data_config.json, else the default.
+
+    Raises:
+        DataError: The flag contradicts data_config.json.
+        VerifierError: The ids do not suit the verifier.
+    """
+    recorded = read_recorded_layer_ids(settings.data_path)
+    given = settings.aux_layer_ids
+    if given is not None and recorded is not None and given != recorded:
+        raise DataError(
+            f"{settings.data_path}: data_config.json says the samples hold layers {list(recorded)}, "
+            f"--aux-layer-ids says {list(given)}. Leave the flag out, or correct one of them."
+        )
+    ids = given or recorded or verifier.default_aux_layer_ids()
+    verifier.check_aux_layer_ids(ids)
+    return ids
+
+
+def read_recorded_layer_ids(data_path: StoragePath) -> tuple[int, ...] | None:
+    """Return the layers named by the data_config.json that `generate` leaves beside its samples, or None.
+
+    Raises:
+        DataError: The file is damaged, or numbers layers in another way.
+    """
+    path = data_path / "data_config.json"
+    try:
+        recorded = json.loads(path.read_text(encoding="utf-8"))
+        if "aux_layer_ids" not in recorded:
+            return None
+        numbering, ids = recorded["aux_layer_numbering"], tuple(int(i) for i in recorded["aux_layer_ids"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DataError(
+            f"{path}: cannot be read ({error!r}). Name the layers with --aux-layer-ids elsewhere."
+        ) from error
+    if numbering != "serving":
+        raise DataError(f"{path}: numbers layers as {numbering!r}, expected 'serving' (id k is what enters layer k).")
+    return ids
+
+
+def resolve_and_write_mapping(settings: TrainSettings, verifier: VerifierInfo) -> VocabMapping:
+    """Return the vocabulary mapping; one that was computed is written to its paths if nothing lies there."""
+    mapping = resolve_mapping(settings, verifier.vocab_size)
+    if not settings.d2t_path.exists() and not settings.t2d_path.exists():
+        write_mapping(mapping, str(settings.d2t_path), str(settings.t2d_path))
+        say(f"draft vocabulary of {len(mapping.kept_ids):,} written to {settings.d2t_path} and {settings.t2d_path}")
+    return mapping
+
+
+def plan_samples(index: SampleIndex, settings: TrainSettings) -> PackingPlan:
+    """Pack one part of the split."""
+    return plan_bins(index.num_tokens, index.num_supervised, settings.total_seq_len, settings.seed)
+
+
+def describe_data(index: SampleIndex, plan: PackingPlan, validation_plan: PackingPlan) -> None:
+    """Tell the user what was found and what was left out."""
+    num_dropped, num_cut = plan.num_dropped + validation_plan.num_dropped, plan.num_cut + validation_plan.num_cut
+    say(
+        f"{len(index.paths):,} samples, {int(index.num_tokens.sum()):,} tokens; {len(plan.bins):,} bins to train on "
+        f"({plan.fill_frac:.1%} filled), {len(validation_plan.bins):,} to validate on",
+        "data",
+        samples=len(index.paths),
+        tokens=int(index.num_tokens.sum()),
+        bins=len(plan.bins),
+        validation_bins=len(validation_plan.bins),
+        dropped=num_dropped,
+        cut=num_cut,
+    )
+    if num_dropped:
+        say(f"  {num_dropped:,} samples have no supervised token and are left out")
+    if num_cut:
+        say(f"  {num_cut:,} samples are longer than a bin and are cut at {plan.total_seq_len:,} tokens")
+
+
+def saved_bins_per_step(checkpoint: CommittedCheckpoint | None) -> int | None:
+    """Return the bins per step a resumed run began with: it keeps them, whatever its number of workers is now."""
+    return None if checkpoint is None else int(checkpoint.identity["bins_per_step"])
+
+
+def run_identity(
+    settings: TrainSettings, draft_config: DraftConfig, mapping: VocabMapping, plan: PackingPlan, schedule: BinSchedule
+) -> Mapping[str, Any]:
+    """Return what a checkpoint must share with a run to be resumed by it: the draft, its vocabulary, the trajectory."""
+    draft = draft_config.to_speculators()
+    draft.pop("speculators_config")
+    return {
+        "draft": draft,
+        "verifier": Path(draft_config.verifier_name_or_path).name,
+        "vocabulary": mapping.digest(),
+        "plan": plan.digest,
+        "bins_per_step": schedule.bins_per_step,
+        "seed": settings.seed,
+        "data_format_version": settings.data_format_version,
+        "ttt_steps": settings.ttt_steps,
+    }
