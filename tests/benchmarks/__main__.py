@@ -22,7 +22,9 @@ RUNS: dict[str, tuple[str, ...]] = {
     "data": ("tests.benchmarks.data",),
     "plan": ("tests.benchmarks.plan",),
     "checkpoint": ("tests.benchmarks.checkpoint",),
-    "startup": ("tests.benchmarks.startup",),
+    "workers": ("tests.benchmarks.workers",),
+    "startup, 1 worker": ("tests.benchmarks.startup", "--workers", "1"),
+    "startup, 2 workers": ("tests.benchmarks.startup", "--workers", "2"),
 }
 # What the table shows of each, if it was measured.
 SHOWN = (
@@ -31,6 +33,7 @@ SHOWN = (
     "worker_times_peer_bytes_per_cpu_s", "task_times_peer_bytes_per_cpu_s", "worker_wait_frac", "task_wait_frac",
     "plan_s", "plan_peak_mib", "refresh_changed_s", "refresh_changed_files_opened",
     "step_s", "stall_s", "blocking_save_s", "write_s",
+    "efficiency", "control_efficiency", "wait_frac", "worker_mib", "grown_worker_mib", "driver_mib", "grown_driver_mib",
     "after_s", "parts_s", "command_s",
 )  # fmt: skip
 

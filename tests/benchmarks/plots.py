@@ -20,6 +20,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 RESULTS = Path(__file__).with_name("results")
 BAR_WIDTH = 0.38
+MIN_NAMED_S = 0.6  # of a bar's pieces: below that there is no room for a name
 TIMES = "\N{MULTIPLICATION SIGN}"
 
 Row = dict[str, Any]
@@ -99,6 +100,69 @@ def label_bars(axes: Axes, bars: BarContainer, values: list[float]) -> None:
     axes.margins(x=0.32)
 
 
+def draw_tokens(figure: Figure, rows: list[Row], theme: Theme) -> None:
+    """A token's time, and the memory of a step with the straight line through it, over the size of the bin."""
+    row = rows[-1]
+    tokens = [size["tokens"] for size in row["rows"]]
+    time, memory = figure.subplots(1, 2)
+    time.plot(tokens, [size["us_per_token"] for size in row["rows"]], "o-", color=theme.own)
+    time.set_ylabel("microseconds per token")
+    live_gib = [size["live_memory_above_weights_mib"] / 2**10 for size in row["rows"]]
+    slope_gib = row["bytes_per_token"] / 2**30
+    start_gib = sum(live_gib) / len(tokens) - slope_gib * sum(tokens) / len(tokens)  # the line meets the mean
+    line = [start_gib + slope_gib * size for size in tokens]
+    memory.plot(tokens, line, color=theme.peer, label=f"{row['bytes_per_token'] / 2**10:.0f} KiB per token")
+    memory.plot(tokens, live_gib, "o", color=theme.own, label="live tensors")
+    peak_gib = [size["memory_above_weights_mib"] / 2**10 for size in row["rows"]]
+    memory.plot(tokens, peak_gib, "_", color=theme.ink, label="peak of the process")
+    memory.legend(loc="upper left")
+    memory.set_ylabel("GiB above weights")
+    for axes in (time, memory):
+        axes.set_ylim(0, 1.15 * axes.dataLim.ymax)
+        axes.set_xlim(left=0)
+        axes.set_xticks(tokens, [f"{size / 1024:g}k" for size in tokens])
+        axes.set_xlabel("tokens in the bin")
+
+
+def draw_startup(figure: Figure, rows: list[Row], theme: Theme) -> None:
+    """Where the time until the first step goes: a bar a number of workers, a piece a part."""
+    axes = figure.subplots()
+    names = [f"{row['workers']} worker{'s' * (row['workers'] > 1)}" for row in rows]
+    for number, row in enumerate(rows):
+        start_s = 0.0
+        for turn, (part, seconds) in enumerate(row["parts_s"].items()):
+            shade = (1.0, 0.7)[turn % 2]
+            axes.barh(number, seconds, 0.55, left=start_s, color=theme.own, alpha=shade)
+            if seconds >= MIN_NAMED_S:
+                middle_s = start_s + seconds / 2
+                axes.text(
+                    middle_s, number, f"{part}\n{seconds:.1f}", ha="center", va="center", color="white", fontsize=8
+                )
+            start_s += seconds
+        axes.text(start_s + 0.15, number, f"{row['after_s']:.1f} s", va="center", fontweight="bold")
+    axes.set_yticks(range(len(rows)), names)
+    axes.invert_yaxis()
+    axes.margins(x=0.1)
+    axes.set_xlabel("seconds from the command to its first step (less is better)")
+    axes.grid(visible=False, axis="y")
+    axes.grid(visible=True, axis="x")
+
+
+def draw_workers(figure: Figure, rows: list[Row], theme: Theme) -> None:
+    """Rates of one worker, of two in one run, and of two that have nothing to do with one another."""
+    row = rows[-1]
+    ways = {"alone": "1 worker", "together": "2 workers", "apart": "2 runs of 1 worker"}
+    axes = figure.subplots()
+    values = [row[way] for way in ways]
+    bars = axes.barh(list(ways.values()), values, 0.55, color=[theme.own, theme.own, theme.peer])
+    axes.bar_label(bars, [f"{value:,.0f} ({value / values[0]:.2f}{TIMES})" for value in values], padding=3)
+    axes.invert_yaxis()
+    axes.margins(x=0.2)
+    axes.set_xlabel("tokens/s (more is better)")
+    axes.grid(visible=False, axis="y")
+    axes.grid(visible=True, axis="x")
+
+
 DRAFT = "hidden {hidden}, draft vocabulary {draft_vocab}, "
 PLOTS = {
     "step": Plot(
@@ -109,6 +173,21 @@ PLOTS = {
         "Data path, from files to a rank",
         "hidden {hidden}, bins of {total_seq_len} tokens",
         draw_data,
+    ),
+    "tokens": Plot(
+        "tokens-cpu.jsonl",
+        "Training step over the size of the bin",
+        DRAFT + "{dtype}, {steps} TTT steps, half-supervised documents of {document} tokens",
+        draw_tokens,
+    ),
+    "workers": Plot(
+        "workers-cpu.jsonl",
+        "Training over workers",
+        DRAFT + "bins of {tokens} tokens, one a worker and step; one thread a worker",
+        draw_workers,
+    ),
+    "startup": Plot(
+        "startup-cpu.jsonl", "Start", "data of the demo's size, a new Ray, nothing indexed before", draw_startup
     ),
 }
 
