@@ -62,6 +62,11 @@ class OptimizerSettings(Settings):
     noise_std: float = Field(
         0.05, ge=0, description="Half-width of the uniform noise on auxiliary states; in training only."
     )
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        "stop",
+        description="A gradient that is NaN or Inf. stop: end the run, bins named; skip: leave that update "
+        "out, on all ranks alike, and count it.",
+    )
     seed: int = Field(
         0, ge=0, lt=2**32, description="Seed of the split, the packing, the noise and the initial weights."
     )

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from eagle3_ray.data.pipeline import BinSource
 from eagle3_ray.loggers import MultiLogger, open_loggers
 from eagle3_ray.machine import usable_cpus
-from eagle3_ray.metrics import TRAIN
+from eagle3_ray.metrics import LEFT_OUT_STEPS, TRAIN
 from eagle3_ray.model.draft import Eagle3Draft
 from eagle3_ray.model.initial import initial_weights
 from eagle3_ray.model.loss import TargetHead
@@ -39,12 +39,10 @@ class PendingStep(NamedTuple):
 
     Attributes:
         step: Counted from 0 over all epochs and restarts.
-        bins: Numbers of the bins that this rank held.
         result: On its way.
     """
 
     step: int
-    bins: list[int]
     result: StepResult
 
 
@@ -57,6 +55,8 @@ class Rank:
         step: Optimizer updates done, over all epochs and restarts.
         pending: The last update, until its outcome is learnt.
         grad_norm: Of the last update learnt of, before clipping.
+        num_left_out: Updates left out, over all restarts, because a gradient was NaN or Inf.
+        num_left_out_in_a_row: Those since the last that was made.
         metrics: Of the last logged point.
         owes_validation: The checkpoint it went on from was stored at the end of an epoch, without validation.
         is_listening: A step is made, and rank 0 listens for the driver's order to stop.
@@ -79,6 +79,8 @@ class Rank:
     step: int
     pending: PendingStep | None
     grad_norm: float
+    num_left_out: int
+    num_left_out_in_a_row: int
     metrics: dict[str, float]
     owes_validation: bool
     is_listening: bool
@@ -140,6 +142,8 @@ def start_rank(job: TrainJob) -> Rank:
         step=step,
         pending=None,
         grad_norm=0.0,
+        num_left_out=0 if checkpoint is None else int(checkpoint.metrics.get(LEFT_OUT_STEPS, 0)),
+        num_left_out_in_a_row=0,
         metrics={} if checkpoint is None else train_metrics(checkpoint.metrics),
         owes_validation=checkpoint is not None and job.owes_validation(checkpoint),
         is_listening=False,
