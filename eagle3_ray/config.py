@@ -122,7 +122,10 @@ class ClusterSettings(Settings):
     num_workers: int | None = Field(None, ge=1, description="Ranks. Default: every GPU of the cluster, or 1 on CPUs.")
     use_gpu: bool | None = Field(None, description="Train on GPUs. Default: if the cluster has any.")
     max_failures: int = Field(
-        0, ge=-1, description="Restarts from the last checkpoint after a lost worker; -1: without limit."
+        0, ge=-1, description="Restarts from the last checkpoint after a lost or hung worker; -1: without limit."
+    )
+    hang_timeout_s: float = Field(
+        900.0, gt=0, description="Seconds without progress, within a step, after which a worker counts as hung."
     )
 
 

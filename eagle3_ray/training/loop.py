@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 
@@ -19,6 +20,7 @@ from eagle3_ray.training.meter import Meter
 from eagle3_ray.training.optim import learning_rate, set_learning_rate, warmup_steps
 from eagle3_ray.training.outcome import learn_outcome
 from eagle3_ray.training.progress import StepProgress
+from eagle3_ray.training.pulses import Mark
 from eagle3_ray.training.rank import PendingStep, Rank, start_rank
 from eagle3_ray.training.ready import ReadyBin, make_ready
 from eagle3_ray.training.run_folder import INITIAL_METRICS, epoch_folder, step_folder
@@ -37,7 +39,7 @@ def run_rank(job: TrainJob) -> None:
     """
     rank = start_rank(job)
     rank.laps.end("model")
-    with contextlib.closing(rank.loggers), rank.saver:
+    with contextlib.closing(rank.loggers), rank.saver, rank.watch:
         items = iter_train_bins(rank)  # read from now on, while the draft is validated
         if rank.step == 0:
             record_untrained(rank)
@@ -86,7 +88,20 @@ def iter_bins(
         device=settings.device,
     )
     is_gpu, pack_in = settings.device.type == "cuda", rank.job.settings.pack_in
-    return iter_step_bins(shard, source, schedule, rank.number, steps, pack_in, prepare, pin_memory=is_gpu)
+    items = iter_step_bins(shard, source, schedule, rank.number, steps, pack_in, prepare, pin_memory=is_gpu)
+    return watched(rank, items, validates=source is rank.validation_source)
+
+
+def watched(rank: Rank, items: Iterator[StepBins[ReadyBin]], *, validates: bool) -> Iterator[StepBins[ReadyBin]]:
+    """Yield what is streamed, and say before and after each that there is progress."""
+    for number in itertools.count():
+        validation_step = number if validates else None
+        rank.watch.mark(Mark(rank.step, validation_step, is_reading=True))
+        item = next(items, None)
+        if item is None:
+            return
+        rank.watch.mark(Mark(rank.step, validation_step, is_reading=False))
+        yield item
 
 
 def update(rank: Rank, item: StepBins[ReadyBin]) -> None:

@@ -1,13 +1,11 @@
 """What a rank learns of an update once it is made, one step behind: its gradient norm, an order to stop, a NaN."""
 
-from eagle3_ray.data.source import BinOrder
 from eagle3_ray.errors import NonFiniteError
 from eagle3_ray.training.progress import Note
-from eagle3_ray.training.rank import Rank
+from eagle3_ray.training.rank import Rank, describe_files
 from eagle3_ray.training.step import StepOutcome
 
 MAX_LEFT_OUT_IN_A_ROW = 10  # a bin or two may be bad; more of them one after the other are the draft's fault
-MAX_FILES_NAMED = 20
 
 
 def learn_outcome(rank: Rank) -> None:
@@ -33,7 +31,7 @@ def learn_outcome(rank: Rank) -> None:
 def take_note_of_left_out(rank: Rank, step: int, outcome: StepOutcome) -> None:
     """Count an update that was left out, and tell the user of it. Errors as in `learn_outcome`."""
     happened = f"step {step}: the gradient norm is {outcome.grad_norm}."
-    held = f"its bins held {describe_files(rank, step)}"
+    held = f"its bins held {describe_files(rank.train_source, rank.job.schedule, step)}"
     if rank.job.settings.on_nonfinite == "stop":
         raise NonFiniteError(f"{happened} Nothing was updated; {held}. With --on-nonfinite skip a run goes on.")
     rank.num_left_out += 1
@@ -46,13 +44,3 @@ def take_note_of_left_out(rank: Rank, step: int, outcome: StepOutcome) -> None:
     if rank.is_first:
         text = f"{happened} The update is left out ({rank.num_left_out} so far); {held}"
         rank.job.channel.tell(Note(text, "left_out", {"step": step, "left_out": rank.num_left_out}))
-
-
-def describe_files(rank: Rank, step: int) -> str:
-    """Return the files of a step's bins, of all ranks: whose gradient was NaN cannot be told from their sum."""
-    source, schedule = rank.train_source, rank.job.schedule
-    order = BinOrder(source, schedule)
-    rows = range(step * schedule.rows_per_step, (step + 1) * schedule.rows_per_step)
-    files = [path for row in rows for path in source.paths_of_bin(order.number(row))]
-    more = f" and {len(files) - MAX_FILES_NAMED} more" if len(files) > MAX_FILES_NAMED else ""
-    return ", ".join(files[:MAX_FILES_NAMED]) + more

@@ -13,7 +13,9 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 
+from eagle3_ray.data.packing import BinSchedule
 from eagle3_ray.data.pipeline import BinSource
+from eagle3_ray.data.source import BinOrder
 from eagle3_ray.loggers import MultiLogger, open_loggers
 from eagle3_ray.machine import usable_cpus
 from eagle3_ray.metrics import LEFT_OUT_STEPS, TRAIN
@@ -26,12 +28,16 @@ from eagle3_ray.training.checkpoint import restore_checkpoint
 from eagle3_ray.training.job import TrainJob
 from eagle3_ray.training.meter import Meter
 from eagle3_ray.training.optim import build_optimizer
+from eagle3_ray.training.pulses import Mark
 from eagle3_ray.training.run_folder import STATE, check_same_run, latest_committed
 from eagle3_ray.training.saver import Saver, as_ray_checkpoint
 from eagle3_ray.training.sharding import build_sharded_draft
 from eagle3_ray.training.startup import Laps
 from eagle3_ray.training.step import StepResult, StepSettings
 from eagle3_ray.training.telemetry import RayGauges, last_validation
+from eagle3_ray.training.watch import Watch
+
+MAX_FILES_NAMED = 20
 
 
 class PendingStep(NamedTuple):
@@ -63,6 +69,7 @@ class Rank:
         stop_ordered: Set on rank 0 once the driver orders to stop.
         is_stopping: All ranks have agreed to save and stop.
         laps: Where the time until its first step goes.
+        watch: Over the ranks' progress.
     """
 
     number: int
@@ -87,6 +94,7 @@ class Rank:
     stop_ordered: threading.Event
     is_stopping: bool
     laps: Laps
+    watch: Watch
 
     @property
     def is_first(self) -> bool:
@@ -119,6 +127,15 @@ def start_rank(job: TrainJob) -> Rank:
                 state_dir = copies.enter_context(share_state(checkpoint.path / STATE).as_directory())
             restore_checkpoint(Path(state_dir), draft, optimizer)
     step = 0 if checkpoint is None else checkpoint.step
+    train_source = ray.get(job.train_source)
+    validation_source = None if job.validation_source is None else ray.get(job.validation_source)
+
+    def describe_bins(rank: int, mark: Mark) -> str:
+        if mark.validation_step is None:
+            return describe_files(train_source, job.schedule, mark.step, rank)
+        assert validation_source is not None and job.validation_schedule is not None
+        return describe_files(validation_source, job.validation_schedule, mark.validation_step, rank)
+
     return Rank(
         number=number,
         job=job,
@@ -134,8 +151,8 @@ def start_rank(job: TrainJob) -> Rank:
             device=device,
             compute_dtype=compute_dtype,
         ),
-        train_source=ray.get(job.train_source),
-        validation_source=None if job.validation_source is None else ray.get(job.validation_source),
+        train_source=train_source,
+        validation_source=validation_source,
         meter=Meter(settings.ttt_steps, device),
         loggers=open_rank_loggers(job, number, step),
         saver=Saver(job, draft, optimizer),
@@ -150,7 +167,18 @@ def start_rank(job: TrainJob) -> Rank:
         stop_ordered=threading.Event(),
         is_stopping=False,
         laps=laps,
+        watch=Watch(job.channel, number, settings.hang_timeout_s, describe_bins),
     )
+
+
+def describe_files(source: BinSource, schedule: BinSchedule, step: int, rank: int | None = None) -> str:
+    """Name the files of a step's bins, or of one rank's of them; the first twenty."""
+    order = BinOrder(source, schedule)
+    rows = range(step * schedule.rows_per_step, (step + 1) * schedule.rows_per_step)
+    numbers = [order.number(row) for row in rows if rank is None or schedule.place(row).rank == rank]
+    files = [path for number in numbers for path in source.paths_of_bin(number)]
+    more = f" and {len(files) - MAX_FILES_NAMED} more" if len(files) > MAX_FILES_NAMED else ""
+    return (", ".join(files[:MAX_FILES_NAMED]) or "no samples") + more
 
 
 def share_state(path: StoragePath) -> ray.train.Checkpoint:
