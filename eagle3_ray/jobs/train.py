@@ -33,6 +33,7 @@ from eagle3_ray.training.run_folder import (
     remove_run,
     set_aside_broken_snapshot,
 )
+from eagle3_ray.training.run_lock import hold_run
 from eagle3_ray.training.startup import Laps
 
 if TYPE_CHECKING:
@@ -70,7 +71,12 @@ def train_draft(settings: TrainSettings, laps: Laps) -> None:
         check_outlives_job(settings.log_dir, "--log-dir")
     with told_where_to_go_on(settings):
         verifier = in_background(functools.partial(read_verifier, settings.verifier_name_or_path), "verifier")
-        with ray_session(job_metadata=describe_job(settings)), ProgressBoard(laps) as board:
+        check_writable(settings.save_path)
+        with (
+            hold_run(settings.save_path),
+            ray_session(job_metadata=describe_job(settings)),
+            ProgressBoard(laps) as board,
+        ):
             laps.end("Ray")
             job = carry_out(settings, verifier, board.channel, laps)
     best = settings.save_path / BEST
@@ -163,10 +169,9 @@ def open_run_folder(settings: TrainSettings) -> CommittedCheckpoint | None:
     """Make the run folder usable and return the checkpoint to go on from, if any.
 
     Raises:
-        CheckpointError: The folder cannot be written, or a checkpoint in it is damaged.
+        CheckpointError: A checkpoint in it is damaged.
     """
     save_dir = settings.save_path
-    check_writable(save_dir)
     check_best_is_ours(save_dir)
     if not settings.resume_from_checkpoint:
         return None  # what is there goes only once nothing can be refused any more

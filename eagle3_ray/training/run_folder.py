@@ -6,6 +6,7 @@
                                store, which has no links, an object that holds the name "1"
       run.yaml                 the resolved settings
       initial_metrics.json     validation of the untrained draft
+      run.lock                 locked by the driver while it lives (`run_lock.py`)
 
 A folder counts as a checkpoint only once COMMITTED is in it. Half-written ones are never resumed from; their
 number may well be the highest.
@@ -24,7 +25,7 @@ from eagle3_ray.errors import CheckpointError
 from eagle3_ray.storage import ObjectPath, StoragePath, list_objects, remove_tree, write_atomically
 
 COMMITTED, RECORD, STATE, BEST, RUN_YAML = "COMMITTED", "run.json", "state", "best", "run.yaml"
-INITIAL_METRICS = "initial_metrics.json"
+INITIAL_METRICS, LOCK = "initial_metrics.json", "run.lock"
 BEST_METRIC = "val/expected_tokens"
 RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 LOGGER_RUN_ID = "logger_run_id.txt"
@@ -193,7 +194,10 @@ def check_same_run(checkpoint: CommittedCheckpoint, identity: Mapping[str, Any])
 
 
 def remove_run(save_dir: StoragePath) -> list[StoragePath]:
-    """Remove what earlier runs of this program wrote to the folder, and nothing else. Returns what was left alone."""
+    """Remove what earlier runs of this program wrote to the folder, and nothing else. Returns what was left alone.
+
+    The lock stays too: a file of that name that somebody else made would be another lock.
+    """
     if not save_dir.is_dir():
         return []
     best = save_dir / BEST
@@ -206,7 +210,7 @@ def remove_run(save_dir: StoragePath) -> list[StoragePath]:
         is_link = isinstance(path, Path) and path.is_symlink()
         if not is_link and _are_ours(parts):
             remove_tree(path)
-    return sorted(save_dir.iterdir(), key=str)
+    return sorted((path for path in save_dir.iterdir() if path.name != LOCK), key=str)
 
 
 def set_aside_broken_snapshot(save_dir: StoragePath) -> StoragePath | None:

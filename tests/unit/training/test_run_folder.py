@@ -15,6 +15,7 @@ from eagle3_ray.training.run_folder import (
     BEST,
     COMMITTED,
     INITIAL_METRICS,
+    LOCK,
     LOGGER_RUN_ID,
     PARTS,
     RAY_SNAPSHOT,
@@ -232,9 +233,10 @@ def test_starting_over_removes_what_a_run_wrote_and_leaves_the_rest(tmp_path: Pa
     write_parts(tmp_path / "backup")
     elsewhere = write_checkpoint(tmp_path / "other", "9", 9)
     (tmp_path / "9").symlink_to(elsewhere)
+    (tmp_path / LOCK).write_text("held by who removes")
     left = [tmp_path / name for name in ("5", "9", "backup", "other", "thesis.tex")]
     assert remove_run(tmp_path) == left
-    assert sorted(tmp_path.iterdir()) == left
+    assert sorted(tmp_path.iterdir()) == sorted([*left, tmp_path / LOCK])
     assert {path.name for path in (tmp_path / "5").iterdir()} >= PARTS and (elsewhere / COMMITTED).exists()
 
 
