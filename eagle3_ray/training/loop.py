@@ -21,7 +21,7 @@ from eagle3_ray.training.progress import StepProgress
 from eagle3_ray.training.rank import PendingStep, Rank, start_rank
 from eagle3_ray.training.ready import ReadyBin, make_ready
 from eagle3_ray.training.run_folder import INITIAL_METRICS, epoch_folder, step_folder
-from eagle3_ray.training.step import eval_step, sum_over_ranks, train_step
+from eagle3_ray.training.step import Wishes, eval_step, sum_over_ranks, train_step
 from eagle3_ray.versions import installed_versions
 
 # Each look waits for the device; a stop waits for so many.
@@ -54,7 +54,7 @@ def run_rank(job: TrainJob) -> None:
                 finish_epoch(rank)
             elif is_last:
                 save(rank, step_folder(rank.step), validate(rank))
-            elif rank.is_stopping or is_due(rank.step, job.settings.checkpoint_every_steps):
+            elif rank.is_stopping or rank.is_saving or is_due(rank.step, job.settings.checkpoint_every_steps):
                 save(rank, step_folder(rank.step), {})
             if rank.is_stopping:
                 break
@@ -107,7 +107,7 @@ def update(rank: Rank, item: StepBins[ReadyBin]) -> None:
         item.bins,
         epoch,
         rank.settings,
-        wants_stop=rank.stop_ordered.is_set(),
+        Wishes(stop=rank.stop_ordered.is_set(), save=rank.saver.is_due()),
     )
     learn_outcome(rank)
     rank.pending = PendingStep(rank.step, [ready.number for ready in item.bins], result)
@@ -130,7 +130,7 @@ def begin_listening(rank: Rank, wait_s: float) -> None:
 
 
 def learn_outcome(rank: Rank) -> None:
-    """Take note of the gradient norm of the last step queued, and of an order to stop that it carried.
+    """Take note of the gradient norm of the last step queued, and of orders to stop or to save that it carried.
 
     sync: waits for that step. The ranks call it alike.
 
@@ -141,7 +141,7 @@ def learn_outcome(rank: Rank) -> None:
         return
     (step, numbers, result), rank.pending = rank.pending, None
     try:
-        rank.grad_norm, rank.is_stopping = result.wait()
+        rank.grad_norm, (rank.is_stopping, rank.is_saving) = result.wait()
     except NonFiniteError as error:
         files = [path for number in numbers for path in rank.train_source.paths_of_bin(number)]
         held = f"rank {rank.number} held {', '.join(files) or 'no samples'}"
@@ -221,6 +221,7 @@ def record_untrained(rank: Rank) -> None:
 def save(rank: Rank, name: str, validation: Mapping[str, float]) -> None:
     """Copy the state to host memory, from where a checkpoint is stored while the training goes on. collective."""
     learn_outcome(rank)
+    rank.is_saving = False  # what was ordered until now is done here
     record = {
         "step": rank.step,
         "metrics": {**rank.metrics, **validation},

@@ -62,6 +62,7 @@ class Rank:
         is_listening: A step is made, and rank 0 listens for the driver's order to stop.
         stop_ordered: Set on rank 0 once the driver orders to stop.
         is_stopping: All ranks have agreed to save and stop.
+        is_saving: All ranks have agreed to save now, in mid-epoch, since rank 0's clock says so.
         laps: Where the time until its first step goes.
     """
 
@@ -84,6 +85,7 @@ class Rank:
     is_listening: bool
     stop_ordered: threading.Event
     is_stopping: bool
+    is_saving: bool
     laps: Laps
 
     @property
@@ -145,6 +147,7 @@ def start_rank(job: TrainJob) -> Rank:
         is_listening=False,
         stop_ordered=threading.Event(),
         is_stopping=False,
+        is_saving=False,
         laps=laps,
     )
 

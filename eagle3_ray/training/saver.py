@@ -7,6 +7,7 @@ What fails behind is raised before the next step, or at the end, which waits for
 """
 
 import functools
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any
@@ -55,6 +56,7 @@ class Saver:
         self._job = job
         self._host = HostState(draft, optimizer)
         self._background = Background()
+        self._last_save_s = time.monotonic()
 
     def __enter__(self) -> "Saver":
         return self
@@ -66,9 +68,17 @@ class Saver:
         """Raise what a save has met behind the training."""
         self._background.check()
 
+    def is_due(self) -> bool:
+        """Tell, on rank 0 alone, whether the last save is so long ago that the next one is due."""
+        every_minutes = self._job.settings.checkpoint_every_minutes
+        if every_minutes is None or not self._host.is_first:
+            return False
+        return time.monotonic() - self._last_save_s >= 60 * every_minutes
+
     def save(self, name: str, record: Mapping[str, Any]) -> None:
         """Copy the state, and start to store it; wait first for what is still being stored. collective."""
         self._background.wait()
+        self._last_save_s = time.monotonic()
         self._host.copy()
         self._background.start(functools.partial(self._store, name, record))
 

@@ -8,6 +8,7 @@ on how the bins were dealt out.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -44,6 +45,16 @@ class StepSettings:
     compute_dtype: torch.dtype
 
 
+class Wishes(NamedTuple):
+    """What a rank wants of the run after a step, and so what all ranks do once they know."""
+
+    stop: bool = False
+    save: bool = False
+
+
+NO_WISHES = Wishes()
+
+
 class StepResult:
     """What an update tells: sums for the next logged point, and what the host must know soon, on its way there.
 
@@ -51,28 +62,28 @@ class StepResult:
         sums: This rank's sums [6, P] float64 (`loss.SUM_NAMES`).
     """
 
-    def __init__(self, sums: Tensor, grad_norm: Tensor, num_stopping: Tensor) -> None:
+    def __init__(self, sums: Tensor, grad_norm: Tensor, num_wishing: Tensor) -> None:
         self.sums = sums
-        self._numbers = torch.stack((grad_norm.double(), num_stopping.double())).to("cpu", non_blocking=True)
+        self._numbers = torch.cat((grad_norm.double().view(1), num_wishing.double())).to("cpu", non_blocking=True)
         self._done = torch.cuda.Event() if sums.is_cuda else None
         if self._done is not None:
             self._done.record()
 
-    def wait(self) -> tuple[float, bool]:
+    def wait(self) -> tuple[float, Wishes]:
         """Wait until the device has made the update, not for what was queued behind it.
 
         Returns:
-            The global gradient norm before clipping, and whether some rank wants to stop; the same on all ranks.
+            The global gradient norm before clipping, and what some rank wishes; the same on all ranks.
 
         Raises:
             NonFiniteError: The norm is NaN or Inf, on all ranks alike; the update was left out.
         """
         if self._done is not None:
             self._done.synchronize()
-        grad_norm, num_stopping = self._numbers.tolist()
+        grad_norm, *num_wishing = self._numbers.tolist()
         if not math.isfinite(grad_norm):
             raise NonFiniteError(f"the gradient norm is {grad_norm}.")
-        return grad_norm, bool(num_stopping)
+        return grad_norm, Wishes(*map(bool, num_wishing))
 
 
 def train_step(
@@ -82,7 +93,7 @@ def train_step(
     bins: Sequence[ReadyBin],
     epoch: int,
     settings: StepSettings,
-    wants_stop: bool = False,
+    wishes: Wishes = NO_WISHES,
 ) -> StepResult:
     """Update the draft once from this rank's bins of one step. collective: every rank calls it.
 
@@ -96,9 +107,9 @@ def train_step(
         bins: This rank's.
         epoch: Seeds the noise.
         settings: The same on all ranks.
-        wants_stop: This rank was told to stop; the update is made all the same, and all ranks learn of it.
+        wishes: This rank's; the update is made all the same, and all ranks learn of them.
     """
-    weights, num_stopping = agree_on_step(bins, settings, wants_stop)
+    weights, num_wishing = agree_on_step(bins, settings, wishes)
     sums = torch.zeros(6, settings.num_ttt_steps, dtype=torch.float64, device=settings.device)
     for ready in bins:
         inputs = add_noise(cast_states(ready.inputs, settings.compute_dtype), epoch, ready.number, settings)
@@ -109,7 +120,7 @@ def train_step(
     grad_norm = clip_grad_norm(trained, settings.max_grad_norm)
     update_if_finite(optimizer, grad_norm)
     optimizer.zero_grad()
-    return StepResult(sums, grad_norm, num_stopping)
+    return StepResult(sums, grad_norm, num_wishing)
 
 
 def update_if_finite(optimizer: torch.optim.Optimizer, grad_norm: Tensor) -> None:
@@ -130,17 +141,19 @@ def eval_step(draft: Eagle3Draft, target_head: TargetHead, ready: ReadyBin, sett
     return run_draft(draft, inputs, target_head, weights, settings.compute_dtype).sums
 
 
-def agree_on_step(bins: Sequence[ReadyBin], settings: StepSettings, wants_stop: bool) -> tuple[Tensor, Tensor]:
+def agree_on_step(bins: Sequence[ReadyBin], settings: StepSettings, wishes: Wishes) -> tuple[Tensor, Tensor]:
     """Sum over ranks what a step must agree on, in one reduction. collective.
 
     Returns:
         Weights [P] fp32: decay**k divided by the valid targets of step k over all ranks; and the number of ranks
-        that want to stop.
+        that have each wish.
     """
     counts = torch.stack([ready.inputs.layout.counts for ready in bins]).sum(0)
-    totals = sum_over_ranks(torch.cat((counts, counts.new_full((1,), int(wants_stop)))))
+    # Filled on the device: a tensor made of a list would be a copy from the host in every step.
+    totals = sum_over_ranks(torch.cat((counts, *(counts.new_full((1,), int(wish)) for wish in wishes))))
     decay = settings.loss_decay ** torch.arange(settings.num_ttt_steps, device=settings.device)
-    return (decay / totals[:-1].clamp(min=1)).float(), totals[-1]
+    targets, num_wishing = totals[: -len(wishes)], totals[-len(wishes) :]
+    return (decay / targets.clamp(min=1)).float(), num_wishing
 
 
 def cast_states(inputs: DraftInputs, dtype: torch.dtype) -> DraftInputs:
