@@ -20,8 +20,10 @@ from eagle3_ray.stopping import Stopped, as_stopped
 from eagle3_ray.storage import StoragePath
 from eagle3_ray.training.channel import Channel
 from eagle3_ray.training.progress import ProgressBoard
+from eagle3_ray.training.ray_snapshot import mend_snapshot
 from eagle3_ray.training.run_folder import (
     BEST,
+    RAY_SNAPSHOT,
     RUN_YAML,
     CommittedCheckpoint,
     check_best_is_ours,
@@ -31,7 +33,6 @@ from eagle3_ray.training.run_folder import (
     follow_best,
     latest_committed,
     remove_run,
-    set_aside_broken_snapshot,
 )
 from eagle3_ray.training.run_lock import hold_run
 from eagle3_ray.training.startup import Laps
@@ -175,9 +176,12 @@ def open_run_folder(settings: TrainSettings) -> CommittedCheckpoint | None:
     check_best_is_ours(save_dir)
     if not settings.resume_from_checkpoint:
         return None  # what is there goes only once nothing can be refused any more
-    broken = set_aside_broken_snapshot(save_dir)
+    broken = mend_snapshot(save_dir)
     if broken is not None:
         say(f"Ray's list of checkpoints was damaged and is now {broken}; the checkpoints themselves are used")
     for folder in find_uncommitted(save_dir):
         say(f"{folder}: half-written, ignored", path=str(folder))
-    return latest_committed(save_dir)
+    latest = latest_committed(save_dir)
+    if latest is not None and broken is None and not (save_dir / RAY_SNAPSHOT).exists():
+        say(f"Ray's list of checkpoints is gone from {save_dir}; the checkpoints themselves are used")
+    return latest

@@ -20,7 +20,8 @@ def hold_run(save_dir: StoragePath) -> Iterator[None]:
     """Keep other runs out of a run folder, which must be there, for the length of a block.
 
     The lock is `flock`'s, on a file that stays. Whoever dies lets it go, by whatever death, and what is written in a
-    file that nobody has locked means nothing. On NFS it holds between hosts.
+    file that nobody has locked means nothing. Workers may outlive their driver by seconds; their last checkpoint is
+    whole or none. On NFS the lock holds between hosts, and of a host that is gone until the server takes note.
 
     An object store has no locks, and there nothing keeps a second run out; so it is, with a warning, on a mount whose
     file system refuses them.

@@ -22,7 +22,7 @@ from eagle3_ray.storage import ObjectPath, StoragePath, telling
 from eagle3_ray.training.checkpoint import HostState, told_as_not_saved, write_checkpoint
 from eagle3_ray.training.job import TrainJob
 from eagle3_ray.training.progress import Note, describe_epoch
-from eagle3_ray.training.run_folder import commit, point_best
+from eagle3_ray.training.run_folder import commit, find_committed, point_best
 
 
 class Background:
@@ -104,7 +104,7 @@ class Saver:
         job, step, metrics = self._job, record["step"], record["metrics"]
         with told_as_not_saved(path):
             commit(path, step)
-            point_best(job.save_dir)
+            point_best(job.save_dir, find_committed(job.save_dir))
         epoch = (step - 1) // job.schedule.steps_per_epoch
         text = describe_epoch(epoch, job.settings.epochs, step, metrics, str(path))
         fields = {"step": step, "epoch": epoch + 1, "path": str(path), "metrics": metrics}
