@@ -29,6 +29,7 @@ from eagle3_ray.training.run_folder import (
     check_best_is_ours,
     check_same_run,
     check_writable,
+    find_own_folders,
     find_uncommitted,
     follow_best,
     latest_committed,
@@ -103,6 +104,7 @@ def carry_out(settings: TrainSettings, reading: "Future[VerifierInfo]", channel:
     laps.end("verifier")
     from eagle3_ray.jobs.decide import decide_job
     from eagle3_ray.jobs.fit import fit
+    from eagle3_ray.training.disk_space import checkpoint_bytes
 
     laps.end("imports")
     workers = choose_workers(settings.num_workers, settings.use_gpu)
@@ -113,8 +115,7 @@ def carry_out(settings: TrainSettings, reading: "Future[VerifierInfo]", channel:
         text = f"going on from {checkpoint.path} (step {checkpoint.step} of {job.stop_step})"
         say(text, "resume", step=checkpoint.step, path=str(checkpoint.path))
     if checkpoint is None or not job.is_complete(checkpoint):
-        if not settings.resume_from_checkpoint:
-            remove_run(settings.save_path)
+        clear_run_folder(settings, checkpoint_bytes(job.draft_config, workers.num_workers))
         write_run_yaml(settings, settings.save_path / RUN_YAML)
         laps.end("plan")
         stopped_by = fit(job, workers)
@@ -185,3 +186,20 @@ def open_run_folder(settings: TrainSettings) -> CommittedCheckpoint | None:
     if latest is not None and broken is None and not (save_dir / RAY_SNAPSHOT).exists():
         say(f"Ray's list of checkpoints is gone from {save_dir}; the checkpoints themselves are used")
     return latest
+
+
+def clear_run_folder(settings: TrainSettings, needed_bytes: int) -> None:
+    """Remove what the run does not want any more, once it is sure that a checkpoint finds room.
+
+    Raises:
+        CheckpointError: It does not; nothing whole was removed.
+    """
+    from eagle3_ray.training.disk_space import check_room, make_room
+
+    save_dir = settings.save_path
+    if settings.resume_from_checkpoint:
+        for folder in make_room(save_dir, needed_bytes):
+            say(f"{folder}: half-written, removed to make room", path=str(folder))
+    else:
+        check_room(save_dir, needed_bytes, find_own_folders(save_dir))
+        remove_run(save_dir)

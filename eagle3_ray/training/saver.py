@@ -10,16 +10,20 @@ import functools
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import ray.train
 import torch
+import torch.distributed as dist
 from ray.train import Checkpoint, CheckpointConsistencyMode, CheckpointUploadMode
 
 from eagle3_ray.background import in_background
+from eagle3_ray.errors import CheckpointError
 from eagle3_ray.model.draft import Eagle3Draft
 from eagle3_ray.storage import ObjectPath, StoragePath, telling
 from eagle3_ray.training.checkpoint import HostState, told_as_not_saved, write_checkpoint
+from eagle3_ray.training.disk_space import checkpoint_bytes, make_room
 from eagle3_ray.training.job import TrainJob
 from eagle3_ray.training.progress import Note, describe_epoch
 from eagle3_ray.training.run_folder import commit, find_committed, point_best
@@ -57,6 +61,7 @@ class Saver:
         self._host = HostState(draft, optimizer)
         self._background = Background()
         self._last_save_s = time.monotonic()
+        self._needed_bytes = checkpoint_bytes(draft.config, dist.get_world_size())
 
     def __enter__(self) -> "Saver":
         return self
@@ -89,7 +94,7 @@ class Saver:
         waits for it.
         """
         path = self._job.save_dir / name
-        write_checkpoint(path, self._host, self._job.mapping, record)
+        self._write(path, record)
         with telling(path):
             ray.train.report(
                 record["metrics"], as_ray_checkpoint(path), checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD
@@ -97,6 +102,24 @@ class Saver:
         ray.train.get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)
         # Together: no rank leaves, and has Ray end the others, before the marker is there.
         self._host.together(lambda: self._commit(path, record))
+
+    def _write(self, path: StoragePath, record: Mapping[str, Any]) -> None:
+        """Write a checkpoint where there is room for it; a disk that is full all the same is told as such. collective.
+
+        What a library says of a full disk need not name it: whether the checkpoint would have fitted is measured.
+        """
+        self._host.together(functools.partial(self._make_room, path))
+        try:
+            write_checkpoint(path, self._host, self._job.mapping, record)
+        except CheckpointError:
+            if isinstance(path, Path):
+                self._host.together(functools.partial(self._make_room, path))
+            raise
+
+    def _make_room(self, path: StoragePath) -> None:
+        if self._host.is_first:
+            with told_as_not_saved(path):
+                make_room(self._job.save_dir, self._needed_bytes)
 
     def _commit(self, path: StoragePath, record: Mapping[str, Any]) -> None:
         if not self._host.is_first:
