@@ -26,6 +26,7 @@ from eagle3_ray.training.checkpoint import HostState, told_as_not_saved, write_c
 from eagle3_ray.training.disk_space import checkpoint_bytes, make_room
 from eagle3_ray.training.job import TrainJob
 from eagle3_ray.training.progress import Note, describe_epoch
+from eagle3_ray.training.retention import keep_newest
 from eagle3_ray.training.run_folder import commit, find_committed, point_best
 
 
@@ -127,11 +128,20 @@ class Saver:
         job, step, metrics = self._job, record["step"], record["metrics"]
         with told_as_not_saved(path):
             commit(path, step)
-            point_best(job.save_dir, find_committed(job.save_dir))
+            self._keep_best_and_newest()
         epoch = (step - 1) // job.schedule.steps_per_epoch
         text = describe_epoch(epoch, job.settings.epochs, step, metrics, str(path))
         fields = {"step": step, "epoch": epoch + 1, "path": str(path), "metrics": metrics}
         job.channel.tell(Note(text, "checkpoint", fields))
+
+    def _keep_best_and_newest(self) -> None:
+        """Let `best` name the best of what stays, and remove the rest, if old checkpoints are to go."""
+        save_dir, settings = self._job.save_dir, self._job.settings
+        if settings.keep_last is None:
+            point_best(save_dir, find_committed(save_dir))
+            return
+        for problem in keep_newest(save_dir, settings.keep_last, settings.keep_best):
+            self._job.channel.tell(Note(f"warning: {problem}", "warning"))
 
 
 def as_ray_checkpoint(path: StoragePath) -> Checkpoint:
