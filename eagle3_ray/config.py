@@ -139,6 +139,18 @@ class CheckpointSettings(Settings):
     checkpoint_every_steps: int | None = Field(
         None, ge=1, description="Steps between checkpoints within an epoch. Default: only at the end of each epoch."
     )
+    checkpoint_every_minutes: float | None = Field(
+        None,
+        gt=0,
+        description="Minutes after a checkpoint for the next one within an epoch, by rank 0's clock. "
+        "Default: only at the end of each epoch.",
+    )
+    keep_last: int | None = Field(
+        None,
+        ge=1,
+        description="Newest checkpoints to keep; older ones are removed once a newer one is committed. Default: all.",
+    )
+    keep_best: bool = Field(True, description="With --keep-last, keep the best checkpoint too, however old it is.")
 
 
 class OutputSettings(Settings):

@@ -58,7 +58,14 @@ LAYERS: dict[str, set[str]] = {
 LIBRARIES: dict[str, set[str]] = {
     "ray": {
         *("data.index", "data.pipeline", "jobs", "machine"),
-        *("training.channel", "training.job", "training.loop", "training.progress", "training.rank"),
+        *(
+            "training.channel",
+            "training.job",
+            "training.loop",
+            "training.preemption",
+            "training.progress",
+            "training.rank",
+        ),
         *("training.saver", "training.stream", "training.telemetry"),
     },
     "torch.distributed.fsdp": {"training.sharding"},

@@ -20,19 +20,22 @@ from eagle3_ray.stopping import Stopped, as_stopped
 from eagle3_ray.storage import StoragePath
 from eagle3_ray.training.channel import Channel
 from eagle3_ray.training.progress import ProgressBoard
+from eagle3_ray.training.ray_snapshot import mend_snapshot
 from eagle3_ray.training.run_folder import (
     BEST,
+    RAY_SNAPSHOT,
     RUN_YAML,
     CommittedCheckpoint,
     check_best_is_ours,
     check_same_run,
     check_writable,
+    find_own_folders,
     find_uncommitted,
     follow_best,
     latest_committed,
     remove_run,
-    set_aside_broken_snapshot,
 )
+from eagle3_ray.training.run_lock import hold_run
 from eagle3_ray.training.startup import Laps
 
 if TYPE_CHECKING:
@@ -70,7 +73,12 @@ def train_draft(settings: TrainSettings, laps: Laps) -> None:
         check_outlives_job(settings.log_dir, "--log-dir")
     with told_where_to_go_on(settings):
         verifier = in_background(functools.partial(read_verifier, settings.verifier_name_or_path), "verifier")
-        with ray_session(job_metadata=describe_job(settings)), ProgressBoard(laps) as board:
+        check_writable(settings.save_path)
+        with (
+            hold_run(settings.save_path),
+            ray_session(job_metadata=describe_job(settings)),
+            ProgressBoard(laps) as board,
+        ):
             laps.end("Ray")
             job = carry_out(settings, verifier, board.channel, laps)
     best = settings.save_path / BEST
@@ -96,6 +104,7 @@ def carry_out(settings: TrainSettings, reading: "Future[VerifierInfo]", channel:
     laps.end("verifier")
     from eagle3_ray.jobs.decide import decide_job
     from eagle3_ray.jobs.fit import fit
+    from eagle3_ray.training.disk_space import checkpoint_bytes
 
     laps.end("imports")
     workers = choose_workers(settings.num_workers, settings.use_gpu)
@@ -106,8 +115,7 @@ def carry_out(settings: TrainSettings, reading: "Future[VerifierInfo]", channel:
         text = f"going on from {checkpoint.path} (step {checkpoint.step} of {job.stop_step})"
         say(text, "resume", step=checkpoint.step, path=str(checkpoint.path))
     if checkpoint is None or not job.is_complete(checkpoint):
-        if not settings.resume_from_checkpoint:
-            remove_run(settings.save_path)
+        clear_run_folder(settings, checkpoint_bytes(job.draft_config, workers.num_workers))
         write_run_yaml(settings, settings.save_path / RUN_YAML)
         laps.end("plan")
         stopped_by = fit(job, workers)
@@ -163,16 +171,35 @@ def open_run_folder(settings: TrainSettings) -> CommittedCheckpoint | None:
     """Make the run folder usable and return the checkpoint to go on from, if any.
 
     Raises:
-        CheckpointError: The folder cannot be written, or a checkpoint in it is damaged.
+        CheckpointError: A checkpoint in it is damaged.
     """
     save_dir = settings.save_path
-    check_writable(save_dir)
     check_best_is_ours(save_dir)
     if not settings.resume_from_checkpoint:
         return None  # what is there goes only once nothing can be refused any more
-    broken = set_aside_broken_snapshot(save_dir)
+    broken = mend_snapshot(save_dir)
     if broken is not None:
         say(f"Ray's list of checkpoints was damaged and is now {broken}; the checkpoints themselves are used")
     for folder in find_uncommitted(save_dir):
         say(f"{folder}: half-written, ignored", path=str(folder))
-    return latest_committed(save_dir)
+    latest = latest_committed(save_dir)
+    if latest is not None and broken is None and not (save_dir / RAY_SNAPSHOT).exists():
+        say(f"Ray's list of checkpoints is gone from {save_dir}; the checkpoints themselves are used")
+    return latest
+
+
+def clear_run_folder(settings: TrainSettings, needed_bytes: int) -> None:
+    """Remove what the run does not want any more, once it is sure that a checkpoint finds room.
+
+    Raises:
+        CheckpointError: It does not; nothing whole was removed.
+    """
+    from eagle3_ray.training.disk_space import check_room, make_room
+
+    save_dir = settings.save_path
+    if settings.resume_from_checkpoint:
+        for folder in make_room(save_dir, needed_bytes):
+            say(f"{folder}: half-written, removed to make room", path=str(folder))
+    else:
+        check_room(save_dir, needed_bytes, find_own_folders(save_dir))
+        remove_run(save_dir)

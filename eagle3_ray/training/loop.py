@@ -19,12 +19,12 @@ from eagle3_ray.training.job import TrainJob
 from eagle3_ray.training.meter import Meter
 from eagle3_ray.training.optim import learning_rate, set_learning_rate, warmup_steps
 from eagle3_ray.training.outcome import learn_outcome
-from eagle3_ray.training.progress import StepProgress
+from eagle3_ray.training.progress import Note, StepProgress
 from eagle3_ray.training.pulses import Mark
 from eagle3_ray.training.rank import PendingStep, Rank, start_rank
 from eagle3_ray.training.ready import ReadyBin, make_ready
 from eagle3_ray.training.run_folder import INITIAL_METRICS, epoch_folder, step_folder
-from eagle3_ray.training.step import eval_step, sum_over_ranks, train_step
+from eagle3_ray.training.step import Wishes, eval_step, sum_over_ranks, train_step
 from eagle3_ray.versions import installed_versions
 
 # Each look waits for the device; a stop waits for so many.
@@ -57,7 +57,7 @@ def run_rank(job: TrainJob) -> None:
                 finish_epoch(rank)
             elif is_last:
                 save(rank, step_folder(rank.step), validate(rank))
-            elif rank.is_stopping or is_due(rank.step, job.settings.checkpoint_every_steps):
+            elif rank.is_stopping or rank.is_saving or is_due(rank.step, job.settings.checkpoint_every_steps):
                 save(rank, step_folder(rank.step), {})
             if rank.is_stopping:
                 break
@@ -123,7 +123,7 @@ def update(rank: Rank, item: StepBins[ReadyBin]) -> None:
         item.bins,
         epoch,
         rank.settings,
-        wants_stop=rank.stop_ordered.is_set(),
+        Wishes(stop=rank.stop_ordered.is_set(), save=rank.saver.is_due() or must_save_now(rank)),
     )
     learn_outcome(rank)
     rank.pending = PendingStep(rank.step, result)
@@ -131,6 +131,15 @@ def update(rank: Rank, item: StepBins[ReadyBin]) -> None:
     if not rank.is_listening:
         begin_listening(rank, item.wait_s)
     rank.meter.add(result.sums, sum(ready.num_tokens for ready in item.bins), item.wait_s)
+
+
+def must_save_now(rank: Rank) -> bool:
+    """Tell, on rank 0, whether a node is about to be taken away, and tell the user so; of each node once."""
+    notice = rank.preemption_notices.read_new() if rank.is_first else None
+    if notice is None:
+        return False
+    rank.job.channel.tell(Note(f"{notice}: saving after this step", "preemption"))
+    return True
 
 
 def begin_listening(rank: Rank, wait_s: float) -> None:
@@ -219,6 +228,7 @@ def record_untrained(rank: Rank) -> None:
 def save(rank: Rank, name: str, validation: Mapping[str, float]) -> None:
     """Copy the state to host memory, from where a checkpoint is stored while the training goes on. collective."""
     learn_outcome(rank)
+    rank.is_saving = False  # what was ordered until now is done here
     record = {
         "step": rank.step,
         "metrics": {**rank.metrics, LEFT_OUT_STEPS: float(rank.num_left_out), **validation},

@@ -1,4 +1,4 @@
-"""What a rank learns of an update once it is made, one step behind: its gradient norm, an order to stop, a NaN."""
+"""What a rank learns of an update once it is made, one step behind: its gradient norm, an order, a NaN."""
 
 from eagle3_ray.errors import NonFiniteError
 from eagle3_ray.training.progress import Note
@@ -9,7 +9,7 @@ MAX_LEFT_OUT_IN_A_ROW = 10  # a bin or two may be bad; more of them one after th
 
 
 def learn_outcome(rank: Rank) -> None:
-    """Take note of the gradient norm of the last step queued, and of an order to stop that it carried.
+    """Take note of the gradient norm of the last step queued, and of orders to stop or to save that it carried.
 
     sync: waits for that step. The ranks call it alike.
 
@@ -21,7 +21,7 @@ def learn_outcome(rank: Rank) -> None:
         return
     pending, rank.pending = rank.pending, None
     outcome = pending.result.wait()
-    rank.is_stopping = outcome.is_stopping
+    rank.is_stopping, rank.is_saving = outcome.wishes
     if outcome.is_left_out:
         take_note_of_left_out(rank, pending.step, outcome)
     else:

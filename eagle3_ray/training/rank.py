@@ -28,6 +28,7 @@ from eagle3_ray.training.checkpoint import restore_checkpoint
 from eagle3_ray.training.job import TrainJob
 from eagle3_ray.training.meter import Meter
 from eagle3_ray.training.optim import build_optimizer
+from eagle3_ray.training.preemption import PreemptionNotices
 from eagle3_ray.training.pulses import Mark
 from eagle3_ray.training.run_folder import STATE, check_same_run, latest_committed
 from eagle3_ray.training.saver import Saver, as_ray_checkpoint
@@ -68,6 +69,8 @@ class Rank:
         is_listening: A step is made, and rank 0 listens for the driver's order to stop.
         stop_ordered: Set on rank 0 once the driver orders to stop.
         is_stopping: All ranks have agreed to save and stop.
+        is_saving: All ranks have agreed to save now, in mid-epoch, since rank 0's clock says so.
+        preemption_notices: Of nodes that are about to be taken away; rank 0 looks at them.
         laps: Where the time until its first step goes.
         watch: Over the ranks' progress.
     """
@@ -93,6 +96,8 @@ class Rank:
     is_listening: bool
     stop_ordered: threading.Event
     is_stopping: bool
+    is_saving: bool
+    preemption_notices: PreemptionNotices
     laps: Laps
     watch: Watch
 
@@ -166,6 +171,8 @@ def start_rank(job: TrainJob) -> Rank:
         is_listening=False,
         stop_ordered=threading.Event(),
         is_stopping=False,
+        is_saving=False,
+        preemption_notices=PreemptionNotices(),
         laps=laps,
         watch=Watch(job.channel, number, settings.hang_timeout_s, describe_bins),
     )

@@ -6,16 +6,18 @@
                                store, which has no links, an object that holds the name "1"
       run.yaml                 the resolved settings
       initial_metrics.json     validation of the untrained draft
+      run.lock                 locked by the driver while it lives (`run_lock.py`)
 
 A folder counts as a checkpoint only once COMMITTED is in it. Half-written ones are never resumed from; their
 number may well be the highest.
 """
 
+import errno
 import json
 import os
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from eagle3_ray.errors import CheckpointError
 from eagle3_ray.storage import ObjectPath, StoragePath, list_objects, remove_tree, write_atomically
 
 COMMITTED, RECORD, STATE, BEST, RUN_YAML = "COMMITTED", "run.json", "state", "best", "run.yaml"
-INITIAL_METRICS = "initial_metrics.json"
+INITIAL_METRICS, LOCK = "initial_metrics.json", "run.lock"
 BEST_METRIC = "val/expected_tokens"
 RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 LOGGER_RUN_ID = "logger_run_id.txt"
@@ -105,27 +107,33 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def commit(path: StoragePath, step: int) -> None:
-    """Mark a checkpoint as whole. Called once everything in it is on disk.
+    """Mark a checkpoint as whole, once all that it holds is on disk: older ones may be removed because of the marker.
 
     Raises:
         CheckpointError: A part is missing.
+        OSError: The disk cannot be written.
     """
     missing = sorted(PARTS - {COMMITTED} - {part.name for part in path.iterdir()})
     if missing:
         raise CheckpointError(f"{path}: cannot be committed without {', '.join(missing)}. The storage lost files.")
+    if isinstance(path, Path):
+        _sync(path)
     write_atomically(path / COMMITTED, json.dumps({"step": step}) + "\n")
 
 
-def point_best(save_dir: StoragePath) -> StoragePath | None:
-    """Let `best` name the whole checkpoint with the most expected tokens; the newest if none was validated.
-
-    Of equals, the older stays. Returns the folder it names.
-    """
-    committed = find_committed(save_dir)
-    if not committed:
-        return None
+def choose_best(committed: Sequence[CommittedCheckpoint]) -> CommittedCheckpoint | None:
+    """Return the one with the most expected tokens; the newest if none was validated. Of equals, the older."""
     scored = [c for c in committed if BEST_METRIC in c.metrics]
-    best = max(scored, key=lambda c: c.metrics[BEST_METRIC]) if scored else committed[-1]
+    if scored:
+        return max(scored, key=lambda c: c.metrics[BEST_METRIC])
+    return committed[-1] if committed else None
+
+
+def point_best(save_dir: StoragePath, committed: Sequence[CommittedCheckpoint]) -> StoragePath | None:
+    """Let `best` name the best of these checkpoints, given oldest first. Returns the folder it names."""
+    best = choose_best(committed)
+    if best is None:
+        return None
     if isinstance(save_dir, ObjectPath):  # which has no links: an object that holds the name
         (save_dir / BEST).write_bytes(best.path.name.encode())
         return best.path
@@ -193,7 +201,10 @@ def check_same_run(checkpoint: CommittedCheckpoint, identity: Mapping[str, Any])
 
 
 def remove_run(save_dir: StoragePath) -> list[StoragePath]:
-    """Remove what earlier runs of this program wrote to the folder, and nothing else. Returns what was left alone."""
+    """Remove what earlier runs of this program wrote to the folder, and nothing else. Returns what was left alone.
+
+    The lock stays too: a file of that name that somebody else made would be another lock.
+    """
     if not save_dir.is_dir():
         return []
     best = save_dir / BEST
@@ -201,34 +212,39 @@ def remove_run(save_dir: StoragePath) -> list[StoragePath]:
         best.unlink(missing_ok=True)
     for name in (RUN_YAML, INITIAL_METRICS, LOGGER_RUN_ID, *RAY_FILES):
         (save_dir / name).unlink(missing_ok=True)
-    for name, parts in _list_folders(save_dir).items():
-        path = save_dir / name
-        is_link = isinstance(path, Path) and path.is_symlink()
-        if not is_link and _are_ours(parts):
-            remove_tree(path)
-    return sorted(save_dir.iterdir(), key=str)
+    for folder in find_own_folders(save_dir):
+        remove_checkpoint(folder)
+    return sorted((path for path in save_dir.iterdir() if path.name != LOCK), key=str)
 
 
-def set_aside_broken_snapshot(save_dir: StoragePath) -> StoragePath | None:
-    """Move Ray's list of checkpoints away if it is cut short or names a folder that is gone.
+def remove_checkpoint(path: StoragePath) -> None:
+    """Remove a checkpoint, its marker first: where this breaks off, it is none any more."""
+    (path / COMMITTED).unlink(missing_ok=True)
+    remove_tree(path)
 
-    Ray writes that file in place and refuses to start from a bad one. Resuming here relies on COMMITTED alone, so
-    nothing is lost without it. Returns where it was moved, or None if it is fine or absent.
-    """
-    snapshot = save_dir / RAY_SNAPSHOT
-    if not snapshot.is_file():
-        return None
-    try:
-        results = json.loads(snapshot.read_text(encoding="utf-8"))["checkpoint_results"]
-        names = [result["checkpoint_dir_name"] for result in results]
-        if all((save_dir / name).is_dir() for name in names):
-            return None
-    except (ValueError, KeyError, TypeError):
-        pass  # not the file Ray writes: set aside below
-    broken = save_dir / BROKEN_SNAPSHOT
-    broken.write_bytes(snapshot.read_bytes())
-    snapshot.unlink()
-    return broken
+
+def find_own_folders(save_dir: StoragePath) -> list[StoragePath]:
+    """Return the folders of checkpoints, whole ones and others, that hold nothing of somebody else."""
+    return [folder for name in _list_folders(save_dir) if is_ours(folder := save_dir / name)]
+
+
+def is_ours(path: StoragePath) -> bool:
+    """Tell whether a folder, not a link to one, holds parts of a checkpoint and nothing else, or nothing at all."""
+    is_link = isinstance(path, Path) and path.is_symlink()
+    return not is_link and _are_ours({part.name for part in path.iterdir()})
+
+
+def _sync(folder: Path) -> None:
+    """Wait until a folder is on disk with all below it, and by its own name."""
+    for path in (*folder.rglob("*"), folder, folder.parent):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # what some mounts say of every folder
+                raise
+        finally:
+            os.close(descriptor)
 
 
 def _flatten(identity: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

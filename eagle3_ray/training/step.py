@@ -44,16 +44,26 @@ class StepSettings:
     compute_dtype: torch.dtype
 
 
+class Wishes(NamedTuple):
+    """What a rank wants of the run after a step, and so what all ranks do once they know."""
+
+    stop: bool = False
+    save: bool = False
+
+
+NO_WISHES = Wishes()
+
+
 class StepOutcome(NamedTuple):
     """What the host learns of an update; the same on all ranks.
 
     Attributes:
         grad_norm: Global norm before clipping; NaN or Inf if the update was left out.
-        is_stopping: Some rank wants to stop.
+        wishes: What some rank wants.
     """
 
     grad_norm: float
-    is_stopping: bool
+    wishes: Wishes
 
     @property
     def is_left_out(self) -> bool:
@@ -68,9 +78,9 @@ class StepResult:
         sums: This rank's sums [6, P] float64 (`loss.SUM_NAMES`); zeros if the update was left out.
     """
 
-    def __init__(self, sums: Tensor, grad_norm: Tensor, num_stopping: Tensor) -> None:
+    def __init__(self, sums: Tensor, grad_norm: Tensor, num_wishing: Tensor) -> None:
         self.sums = torch.where(torch.isfinite(grad_norm), sums, torch.zeros_like(sums))
-        self._numbers = torch.stack((grad_norm.double(), num_stopping.double())).to("cpu", non_blocking=True)
+        self._numbers = torch.cat((grad_norm.double().view(1), num_wishing.double())).to("cpu", non_blocking=True)
         self._done = torch.cuda.Event() if sums.is_cuda else None
         if self._done is not None:
             self._done.record()
@@ -79,8 +89,8 @@ class StepResult:
         """Wait until the device has made the update, not for what was queued behind it."""
         if self._done is not None:
             self._done.synchronize()
-        grad_norm, num_stopping = self._numbers.tolist()
-        return StepOutcome(grad_norm, bool(num_stopping))
+        grad_norm, *num_wishing = self._numbers.tolist()
+        return StepOutcome(grad_norm, Wishes(*map(bool, num_wishing)))
 
 
 def train_step(
@@ -90,7 +100,7 @@ def train_step(
     bins: Sequence[ReadyBin],
     epoch: int,
     settings: StepSettings,
-    wants_stop: bool = False,
+    wishes: Wishes = NO_WISHES,
 ) -> StepResult:
     """Update the draft once from this rank's bins of one step. collective: every rank calls it.
 
@@ -104,9 +114,9 @@ def train_step(
         bins: This rank's.
         epoch: Seeds the noise.
         settings: The same on all ranks.
-        wants_stop: This rank was told to stop; the update is made all the same, and all ranks learn of it.
+        wishes: This rank's; the update is made all the same, and all ranks learn of them.
     """
-    weights, num_stopping = agree_on_step(bins, settings, wants_stop)
+    weights, num_wishing = agree_on_step(bins, settings, wishes)
     sums = torch.zeros(6, settings.num_ttt_steps, dtype=torch.float64, device=settings.device)
     for ready in bins:
         inputs = add_noise(cast_states(ready.inputs, settings.compute_dtype), epoch, ready.number, settings)
@@ -117,7 +127,7 @@ def train_step(
     grad_norm = clip_grad_norm(trained, settings.max_grad_norm)
     update_if_finite(optimizer, grad_norm)
     optimizer.zero_grad()
-    return StepResult(sums, grad_norm, num_stopping)
+    return StepResult(sums, grad_norm, num_wishing)
 
 
 def update_if_finite(optimizer: torch.optim.Optimizer, grad_norm: Tensor) -> None:
@@ -138,17 +148,19 @@ def eval_step(draft: Eagle3Draft, target_head: TargetHead, ready: ReadyBin, sett
     return run_draft(draft, inputs, target_head, weights, settings.compute_dtype).sums
 
 
-def agree_on_step(bins: Sequence[ReadyBin], settings: StepSettings, wants_stop: bool) -> tuple[Tensor, Tensor]:
+def agree_on_step(bins: Sequence[ReadyBin], settings: StepSettings, wishes: Wishes) -> tuple[Tensor, Tensor]:
     """Sum over ranks what a step must agree on, in one reduction. collective.
 
     Returns:
         Weights [P] fp32: decay**k divided by the valid targets of step k over all ranks; and the number of ranks
-        that want to stop.
+        that have each wish.
     """
     counts = torch.stack([ready.inputs.layout.counts for ready in bins]).sum(0)
-    totals = sum_over_ranks(torch.cat((counts, counts.new_full((1,), int(wants_stop)))))
+    # Filled on the device: a tensor made of a list would be a copy from the host in every step.
+    totals = sum_over_ranks(torch.cat((counts, *(counts.new_full((1,), int(wish)) for wish in wishes))))
     decay = settings.loss_decay ** torch.arange(settings.num_ttt_steps, device=settings.device)
-    return (decay / totals[:-1].clamp(min=1)).float(), totals[-1]
+    targets, num_wishing = totals[: -len(wishes)], totals[-len(wishes) :]
+    return (decay / targets.clamp(min=1)).float(), num_wishing
 
 
 def cast_states(inputs: DraftInputs, dtype: torch.dtype) -> DraftInputs:

@@ -73,6 +73,26 @@ def write_settings(folder: Path, num_steps: int) -> Path:
     return path
 
 
+def descendants(pid: int) -> dict[int, str]:
+    """Return the processes below one, by id, with what they are called."""
+    parents, names = {}, {}
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            lines = dict(line.split(":\t", 1) for line in status.read_text().splitlines() if ":\t" in line)
+            title = (status.parent / "cmdline").read_bytes()
+        except OSError:
+            continue  # ended meanwhile
+        names[int(lines["Pid"])] = title.decode(errors="replace").rstrip("\0 ")
+        parents[int(lines["Pid"])] = int(lines["PPid"])
+
+    def is_below(child: int) -> bool:
+        while child in parents and child != pid:
+            child = parents[child]
+        return child == pid
+
+    return {child: name for child, name in names.items() if child != pid and is_below(child)}
+
+
 class Command:
     """`eagle3-ray train` while it runs."""
 
@@ -83,27 +103,9 @@ class Command:
         self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=self._log, stderr=self._log)
         self.began_s = time.monotonic()
 
-    def descendants(self) -> dict[int, str]:
-        """Return the processes below the command, by id, with what they are called."""
-        parents, names = {}, {}
-        for status in Path("/proc").glob("[0-9]*/status"):
-            try:
-                lines = dict(line.split(":\t", 1) for line in status.read_text().splitlines() if ":\t" in line)
-                names[int(lines["Pid"])] = (status.parent / "cmdline").read_bytes().decode(errors="replace")
-            except OSError:
-                continue  # ended meanwhile
-            parents[int(lines["Pid"])] = int(lines["PPid"])
-
-        def is_below(pid: int) -> bool:
-            while pid in parents and pid != self.process.pid:
-                pid = parents[pid]
-            return pid == self.process.pid
-
-        return {pid: name for pid, name in names.items() if pid != self.process.pid and is_below(pid)}
-
     def find(self, part_of_name: str) -> list[int]:
         """Return the processes below it whose name holds this."""
-        return [pid for pid, name in self.descendants().items() if part_of_name in name]
+        return [pid for pid, name in descendants(self.process.pid).items() if part_of_name in name]
 
     def __enter__(self) -> "Command":
         return self
@@ -155,7 +157,7 @@ def strike(command: Command, kind: str, rng: random.Random) -> bool:
         victim = rng.choice(command.find("RayTrainWorker"))
         os.kill(victim, signal.SIGKILL if kind == "worker" else signal.SIGSTOP)
         return False
-    left_behind = command.descendants()
+    left_behind = descendants(command.process.pid)
     if kind == "raylet":
         (victim,) = [pid for pid, name in left_behind.items() if "/raylet\0" in name or name.endswith("/raylet")]
         os.kill(victim, signal.SIGKILL)

@@ -109,6 +109,8 @@ def test_code_can_ask_for_the_model_section_alone() -> None:
     [
         ("epochs", 0),
         ("max_steps", 0),
+        ("checkpoint_every_minutes", 0),
+        ("keep_last", 0),
         ("lr", 0),
         ("lr", float("nan")),
         ("lr", float("inf")),

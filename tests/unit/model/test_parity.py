@@ -17,7 +17,7 @@ from eagle3_ray.model.loss import TargetHead
 from eagle3_ray.model.verifier import load_verifier_tensors, read_verifier_config
 from eagle3_ray.training.optim import build_optimizer, set_learning_rate
 from eagle3_ray.training.ready import make_ready
-from eagle3_ray.training.step import StepSettings, agree_on_step, cast_states, train_step
+from eagle3_ray.training.step import NO_WISHES, StepSettings, agree_on_step, cast_states, train_step
 
 PARITY = Path(__file__).parents[2] / "parity" / "small"
 EXPECTED = json.loads((PARITY / "expected.json").read_text())
@@ -72,7 +72,7 @@ def test_losses_counts_and_gradient_norms_equal_the_recorded_ones(case: str) -> 
     expected = EXPECTED["cases"][case]
     draft, packed, settings = load_draft(case), load_packed_bin(), step_settings(expected["case"])
     ready = make_ready(packed, settings.num_ttt_steps, len(draft.layers), settings.device)
-    weights, _ = agree_on_step([ready], settings, wants_stop=False)
+    weights, _ = agree_on_step([ready], settings, NO_WISHES)
     loss, sums = draft(cast_states(ready.inputs, settings.compute_dtype), load_target_head(), weights)
     loss.backward()
     loss_sum, count, _, prefix_right, _, _ = sums
@@ -108,6 +108,6 @@ def test_padding_is_never_computed_and_changes_nothing() -> None:
     dirty = packed.aux_states.clone()
     dirty[packed.num_tokens :] = torch.nan
     ready = make_ready(replace(packed, aux_states=dirty), settings.num_ttt_steps, 1, settings.device)
-    weights, _ = agree_on_step([ready], settings, wants_stop=False)
+    weights, _ = agree_on_step([ready], settings, NO_WISHES)
     inputs = cast_states(ready.inputs, settings.compute_dtype)
     assert draft(inputs, load_target_head(), weights).loss.item() == pytest.approx(expected["loss"], rel=1e-4)

@@ -10,11 +10,13 @@ import pytest
 
 from eagle3_ray import storage
 from eagle3_ray.errors import CheckpointError
-from eagle3_ray.storage import write_atomically
+from eagle3_ray.storage import StoragePath, write_atomically
+from eagle3_ray.training.ray_snapshot import mend_snapshot
 from eagle3_ray.training.run_folder import (
     BEST,
     COMMITTED,
     INITIAL_METRICS,
+    LOCK,
     LOGGER_RUN_ID,
     PARTS,
     RAY_SNAPSHOT,
@@ -29,7 +31,6 @@ from eagle3_ray.training.run_folder import (
     point_best,
     remove_run,
     remove_unfinished,
-    set_aside_broken_snapshot,
     step_folder,
 )
 
@@ -54,9 +55,16 @@ def write_checkpoint(save_dir: Path, name: str, step: int, expected_tokens: floa
     return folder
 
 
+def point(save_dir: Path) -> StoragePath | None:
+    """Let `best` name the best of all."""
+    return point_best(save_dir, find_committed(save_dir))
+
+
 def snapshot(*names: str) -> str:
-    """Ray's list of checkpoints, as far as it matters here."""
-    return json.dumps({"checkpoint_results": [{"checkpoint_dir_name": name, "metrics": {}} for name in names]})
+    """Ray's list of checkpoints, as far as it matters here; checkpoint n has index 10 n."""
+    results = [{"checkpoint_dir_name": name, "metrics": {}} for name in names]
+    indices = [10 * int(name) for name in names]
+    return json.dumps({"checkpoint_results": results, "checkpoint_report_indices": indices, "version": 7})
 
 
 # ------------------------------------------------------------------------------ what is a checkpoint
@@ -109,8 +117,8 @@ def test_folders_of_others_are_neither_checkpoints_nor_half_written_ones(tmp_pat
 def test_a_run_that_has_not_begun_has_no_checkpoints(tmp_path: Path) -> None:
     for save_dir in (tmp_path, tmp_path / "absent"):
         assert find_committed(save_dir) == [] and latest_committed(save_dir) is None
-        assert find_uncommitted(save_dir) == [] and point_best(save_dir) is None and remove_run(save_dir) == []
-        assert set_aside_broken_snapshot(save_dir) is None
+        assert find_uncommitted(save_dir) == [] and point(save_dir) is None and remove_run(save_dir) == []
+        assert mend_snapshot(save_dir) is None
 
 
 @pytest.mark.parametrize("part", sorted(PARTS - {COMMITTED}))
@@ -141,43 +149,57 @@ def test_a_folder_without_a_part_cannot_be_committed(part: str, tmp_path: Path) 
     assert not (folder / COMMITTED).exists()
 
 
+def test_all_that_the_marker_vouches_for_is_on_disk_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, synced, fsync = write_parts(tmp_path / "0"), [], os.fsync
+
+    def record(descriptor: int) -> None:
+        synced.append((Path(os.readlink(f"/proc/self/fd/{descriptor}")), (folder / COMMITTED).exists()))
+        fsync(descriptor)
+
+    monkeypatch.setattr("os.fsync", record)
+    expected = {tmp_path, folder, *folder.rglob("*")}
+    commit(folder, 6)
+    before_the_marker = [path for path, is_marked in synced if not path.name.startswith(f".{COMMITTED}.")]
+    assert set(before_the_marker) == expected and not any(is_marked for _, is_marked in synced)
+
+
 # --------------------------------------------------------------------------------------------- best
 
 
 def test_best_has_the_most_expected_tokens(tmp_path: Path) -> None:
     for epoch, expected in enumerate((1.2, 1.9, 1.4)):
         write_checkpoint(tmp_path, str(epoch), epoch + 1, expected)
-    assert point_best(tmp_path) == tmp_path / "1"
+    assert point(tmp_path) == tmp_path / "1"
     assert os.readlink(tmp_path / BEST) == "1"  # relative: the run folder can be moved
 
 
 def test_of_equally_good_checkpoints_the_older_is_best(tmp_path: Path) -> None:
     for name, step in (("step-000001", 10), ("0", 20), ("5", 5)):
         write_checkpoint(tmp_path, name, step, 1.5)
-    assert point_best(tmp_path) == tmp_path / "5"
+    assert point(tmp_path) == tmp_path / "5"
 
 
 def test_without_validation_the_newest_is_best(tmp_path: Path) -> None:
     for epoch in range(3):
         write_checkpoint(tmp_path, str(epoch), epoch + 1)
-    assert point_best(tmp_path) == tmp_path / "2"
+    assert point(tmp_path) == tmp_path / "2"
 
 
 def test_a_checkpoint_without_validation_is_not_best_if_another_has_one(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, "0", 1, 1.1)
     write_checkpoint(tmp_path, "step-000002", 2)
-    assert point_best(tmp_path) == tmp_path / "0"
+    assert point(tmp_path) == tmp_path / "0"
 
 
 def test_a_half_written_folder_is_never_best(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, "0", 1, 1.1)
     write_parts(tmp_path / "1", 3.0)
-    assert point_best(tmp_path) == tmp_path / "0"
+    assert point(tmp_path) == tmp_path / "0"
 
 
 def test_best_exists_at_every_moment_of_its_replacement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_checkpoint(tmp_path, "0", 1, 1.1)
-    point_best(tmp_path)
+    point(tmp_path)
     write_checkpoint(tmp_path, "1", 2, 1.2)
     (tmp_path / ".best.tmp").symlink_to("left by a crash")
     seen = []
@@ -189,9 +211,9 @@ def test_best_exists_at_every_moment_of_its_replacement(tmp_path: Path, monkeypa
     with monkeypatch.context() as patched:
         patched.setattr(storage.os, "replace", replace)
         with pytest.raises(InterruptedError):
-            point_best(tmp_path)
+            point(tmp_path)
     assert seen == [("1", "0")] and os.readlink(tmp_path / BEST) == "0"
-    assert point_best(tmp_path) == tmp_path / "1" and (tmp_path / BEST).resolve() == tmp_path / "1"
+    assert point(tmp_path) == tmp_path / "1" and (tmp_path / BEST).resolve() == tmp_path / "1"
     assert not (tmp_path / ".best.tmp").is_symlink()
 
 
@@ -220,7 +242,7 @@ def test_everything_that_differs_is_named_with_both_values(tmp_path: Path) -> No
 def test_starting_over_removes_what_a_run_wrote_and_leaves_the_rest(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, "0", 1, 1.1)
     write_checkpoint(tmp_path, "step-000002", 2)
-    point_best(tmp_path)
+    point(tmp_path)
     (write_parts(tmp_path / "7") / "model.safetensors").unlink()
     (tmp_path / "8").mkdir()
     (tmp_path / f"{RAY_SNAPSHOT}.broken").write_text("{")
@@ -232,9 +254,10 @@ def test_starting_over_removes_what_a_run_wrote_and_leaves_the_rest(tmp_path: Pa
     write_parts(tmp_path / "backup")
     elsewhere = write_checkpoint(tmp_path / "other", "9", 9)
     (tmp_path / "9").symlink_to(elsewhere)
+    (tmp_path / LOCK).write_text("held by who removes")
     left = [tmp_path / name for name in ("5", "9", "backup", "other", "thesis.tex")]
     assert remove_run(tmp_path) == left
-    assert sorted(tmp_path.iterdir()) == left
+    assert sorted(tmp_path.iterdir()) == sorted([*left, tmp_path / LOCK])
     assert {path.name for path in (tmp_path / "5").iterdir()} >= PARTS and (elsewhere / COMMITTED).exists()
 
 
@@ -251,7 +274,7 @@ def test_a_healthy_snapshot_is_left_alone(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, "0", 1)
     for text in (snapshot("0"), snapshot()):
         (tmp_path / RAY_SNAPSHOT).write_text(text)
-        assert set_aside_broken_snapshot(tmp_path) is None
+        assert mend_snapshot(tmp_path) is None
         assert (tmp_path / RAY_SNAPSHOT).read_text() == text
 
 
@@ -260,20 +283,31 @@ def test_a_healthy_snapshot_is_left_alone(tmp_path: Path) -> None:
     [
         snapshot("0")[:-5],
         "",
-        snapshot("0", "1"),  # 1 was deleted by hand
+        snapshot("0", "1"),  # the newest is gone
+        snapshot("1"),
         "[]",
         '{"checkpoint_results": null}',
-        '{"checkpoint_results": [{}]}',
+        '{"checkpoint_results": [{}], "checkpoint_report_indices": [0]}',
+        '{"checkpoint_results": []}',
     ],
 )
 def test_a_broken_snapshot_is_moved_and_no_checkpoint_is_touched(text: str, tmp_path: Path) -> None:
     write_checkpoint(tmp_path, "0", 1)
     (tmp_path / f"{RAY_SNAPSHOT}.broken").write_text("of an earlier time")
     (tmp_path / RAY_SNAPSHOT).write_text(text)
-    moved = set_aside_broken_snapshot(tmp_path)
+    moved = mend_snapshot(tmp_path)
     assert moved == tmp_path / f"{RAY_SNAPSHOT}.broken" and moved.read_text() == text
     assert not (tmp_path / RAY_SNAPSHOT).exists() and latest_committed(tmp_path) is not None
-    assert set_aside_broken_snapshot(tmp_path) is None
+    assert mend_snapshot(tmp_path) is None
+
+
+def test_folders_that_are_gone_are_taken_off_the_list_where_the_newest_is_there(tmp_path: Path) -> None:
+    for name in ("1", "3", "4"):
+        write_checkpoint(tmp_path, name, int(name))
+    (tmp_path / RAY_SNAPSHOT).write_text(snapshot("0", "1", "2", "3", "4"))
+    assert mend_snapshot(tmp_path) is None
+    assert (tmp_path / RAY_SNAPSHOT).read_text() == snapshot("1", "3", "4")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "3", "4", RAY_SNAPSHOT]
 
 
 def test_a_file_is_old_or_whole_when_writing_breaks_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from eagle3_ray.model.draft import Eagle3Draft
 from eagle3_ray.model.loss import TargetHead
 from eagle3_ray.training.optim import build_optimizer, learning_rate, set_learning_rate, warmup_steps
 from eagle3_ray.training.sharding import gather_weights
-from eagle3_ray.training.step import StepOutcome, add_noise, cast_states, eval_step, sum_over_ranks, train_step
+from eagle3_ray.training.step import StepOutcome, Wishes, add_noise, cast_states, eval_step, sum_over_ranks, train_step
 from tests.unit.training.ranks import run_on_ranks
 from tests.unit.training.world import (
     build_draft,
@@ -75,24 +75,31 @@ def test_ranks_that_share_the_bins_equal_one_rank(
         torch.testing.assert_close(weights[name], weight, rtol=1e-4, atol=2e-5, msg=name)
 
 
-def train_while_one_rank_wants_to_stop() -> tuple[list[bool], bool]:
-    """What each of three updates says, the second with an order on the last rank; and are weights as without it?"""
+def train_while_ranks_wish() -> tuple[list[Wishes], bool]:
+    """What six updates say: the second with an order to stop on the last rank, the third with one to save on rank 0.
+
+    The other three are without any; are the weights the same?
+    """
     rank, last = dist.get_rank(), dist.get_world_size() - 1
     weights, said = [], []
-    for wants_stop in (True, False):
+    for has_wishes in (True, False):
         draft, settings, target_head = build_draft(), step_settings(0.05), load_target_head()
         optimizer = build_optimizer(draft.parameters(), 0.01)
         for step in range(3):
-            bins, wants = load_ready_bins()[rank : rank + 1], wants_stop and rank == last and step == 1
-            result = train_step(draft, optimizer, target_head, bins, step, settings, wants)
+            wishes = Wishes(stop=has_wishes and rank == last and step == 1, save=has_wishes and rank == 0 and step == 2)
+            bins = load_ready_bins()[rank : rank + 1]
+            result = train_step(draft, optimizer, target_head, bins, step, settings, wishes)
             said.append(result.wait()[1])
         weights.append(gather_weights(draft, torch.float32))
+    heard: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(heard, said)
+    assert all(other == said for other in heard)
     return said, all(torch.equal(weights[0][name], weight) for name, weight in weights[1].items())
 
 
-def test_one_rank_that_wants_to_stop_stops_all_and_changes_no_update(tmp_path: Path) -> None:
-    said, is_equal = run_on_ranks(2, train_while_one_rank_wants_to_stop, tmp_path)
-    assert said == [False, True, False, False, False, False]  # as rank 0 sees it, which did not want to
+def test_what_one_rank_wishes_all_learn_and_no_update_is_changed(tmp_path: Path) -> None:
+    said, is_equal = run_on_ranks(2, train_while_ranks_wish, tmp_path)
+    assert said == [(False, False), (True, False), (False, True), *[(False, False)] * 3]
     assert is_equal
 
 
