@@ -61,3 +61,9 @@ def test_every_command_of_the_readme_is_understood() -> None:
     assert {verb for verb, *_ in commands} >= {"train", "generate", "vocab-mapping", "export"}
     for verb, *arguments in commands:
         read_settings(verb, arguments)  # raises on a flag or value that does not exist
+
+
+def test_every_test_of_the_table_of_faults_is_there() -> None:
+    named = re.findall(r"`(tests/\S+\.py)::(\w+)`", section("What survives what"))
+    missing = [f"{path}::{name}" for path, name in named if f"def {name}(" not in (ROOT / path).read_text("utf-8")]
+    assert missing == [] and len(named) >= 9
