@@ -20,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export RAY_USAGE_STATS_ENABLED = 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install test bench plots demo demo-short check format image image-test k8s-check k8s-rehearsal flags lock constraints clean distclean
+.PHONY: help install test bench chaos plots demo demo-short check format image image-test k8s-check k8s-rehearsal flags lock constraints clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -41,6 +41,9 @@ test: $(INSTALLED) ## run all tests
 
 bench: $(INSTALLED) ## run the benchmarks, on a quiet machine; ARGS='--peer peer/bin/python'
 	$(BIN)/python -m tests.benchmarks $(ARGS)
+
+chaos: $(INSTALLED) ## kill a run again and again, and compare it with a calm one; some minutes
+	$(BIN)/python -m tests.faults.chaos $(ARGS)
 
 plots: $(INSTALLED) ## draw the README's pictures anew from tests/benchmarks/results
 	$(BIN)/python -m tests.benchmarks.plots $(ARGS)

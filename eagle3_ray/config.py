@@ -62,6 +62,11 @@ class OptimizerSettings(Settings):
     noise_std: float = Field(
         0.05, ge=0, description="Half-width of the uniform noise on auxiliary states; in training only."
     )
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        "stop",
+        description="A gradient that is NaN or Inf. stop: end the run, bins named; skip: leave that update "
+        "out, on all ranks alike, and count it.",
+    )
     seed: int = Field(
         0, ge=0, lt=2**32, description="Seed of the split, the packing, the noise and the initial weights."
     )
@@ -117,7 +122,10 @@ class ClusterSettings(Settings):
     num_workers: int | None = Field(None, ge=1, description="Ranks. Default: every GPU of the cluster, or 1 on CPUs.")
     use_gpu: bool | None = Field(None, description="Train on GPUs. Default: if the cluster has any.")
     max_failures: int = Field(
-        0, ge=-1, description="Restarts from the last checkpoint after a lost worker; -1: without limit."
+        0, ge=-1, description="Restarts from the last checkpoint after a lost or hung worker; -1: without limit."
+    )
+    hang_timeout_s: float = Field(
+        900.0, gt=0, description="Seconds without progress, within a step, after which a worker counts as hung."
     )
 
 

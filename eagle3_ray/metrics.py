@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 TRAIN, VAL = "train", "val"
+LEFT_OUT_STEPS = f"{TRAIN}/left_out_steps"
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,13 @@ METRICS = (
     Metric("tokens_per_s", "tokens/s", "Positions trained a second over all workers, padding not counted.", (TRAIN,)),
     Metric("data_wait_frac", "share", "Share of the time that the workers waited for data.", (TRAIN,)),
     Metric("peak_memory_bytes", "bytes", "Most memory one worker's device held (on CPUs: its resident set).", (TRAIN,)),
-    Metric("step", "steps", "Optimizer updates so far.", (TRAIN,)),
+    Metric("step", "steps", "Optimizer steps so far.", (TRAIN,)),
+    Metric(
+        "left_out_steps",
+        "steps",
+        "Those of them left out, as a gradient was NaN or Inf: --on-nonfinite skip.",
+        (TRAIN,),
+    ),
     Metric("epoch", "epochs", "Passes over the training samples so far.", (TRAIN,)),
     Metric("progress_frac", "share", "Steps done of those after which the run stops.", (TRAIN,)),
 )

@@ -1,7 +1,8 @@
-"""Between the driver and rank 0, through one actor: progress goes up, the order to stop comes down.
+"""Between the driver and the ranks, through one actor: progress goes up, the order to stop comes down.
 
     rank 0   `Channel.tell(item)`, which never waits                    ->  driver   `Channel.take()`, one at a time
     rank 0   a thread in `Channel.listen_for_stop`, from its first step <-  driver   `Channel.order_stop()`
+    any      a thread that calls `Channel.pulse`                       <->  all ranks: where each is, who is stuck
 
 No step waits for the actor: rank 0 looks at a `threading.Event`, and the all-reduce that each step does anyway tells
 the other ranks.
@@ -18,6 +19,8 @@ import ray
 from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from eagle3_ray.training.pulses import Mark, Pulses, Stuck
+
 LISTEN_S = 5.0
 HEARD_FOR_S = 60.0  # since rank 0 was last heard: it may be starting again, or be gone for good
 FLUSH_TIMEOUT_S = 30.0
@@ -33,6 +36,7 @@ class ChannelActor:
         self._is_queued = asyncio.Condition()
         self._stop_ordered = asyncio.Event()
         self._heard_s = -math.inf
+        self._pulses = Pulses()
 
     async def tell(self, teller: str, number: int, item: Any) -> None:
         """Take the item that this process tells as its `number`-th; calls may come in another order than made."""
@@ -67,6 +71,10 @@ class ChannelActor:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._stop_ordered.wait(), LISTEN_S)
         return self._stop_ordered.is_set()
+
+    async def pulse(self, group: str, rank: int, mark: Mark, timeout_s: float) -> list[Stuck]:
+        """Take note of where a rank is; as `Pulses.take`."""
+        return self._pulses.take(group, rank, mark, time.monotonic(), timeout_s)
 
 
 class Channel:
@@ -118,6 +126,13 @@ class Channel:
                     time.sleep(LISTEN_S)
 
         threading.Thread(target=listen, name="stop", daemon=True).start()
+
+    def pulse(self, group: str, rank: int, mark: Mark, timeout_s: float) -> list[Stuck]:
+        """Tell where a rank is, and learn who is stuck; nobody if the driver is gone, and so will be this worker."""
+        stuck: list[Stuck] = []
+        with contextlib.suppress(RayError):
+            stuck = ray.get(self._actor.pulse.remote(group, rank, mark, timeout_s))
+        return stuck
 
     def close(self) -> None:
         """End the actor."""

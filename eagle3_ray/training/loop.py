@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 
@@ -11,13 +12,15 @@ from ray.data import DataIterator
 
 from eagle3_ray.data.packing import BinSchedule
 from eagle3_ray.data.pipeline import BinSource, StepBins, iter_step_bins
-from eagle3_ray.errors import NonFiniteError, on_top
-from eagle3_ray.metrics import TRAIN, VAL, summarize
+from eagle3_ray.errors import on_top
+from eagle3_ray.metrics import LEFT_OUT_STEPS, TRAIN, VAL, summarize
 from eagle3_ray.storage import write_atomically
 from eagle3_ray.training.job import TrainJob
 from eagle3_ray.training.meter import Meter
 from eagle3_ray.training.optim import learning_rate, set_learning_rate, warmup_steps
+from eagle3_ray.training.outcome import learn_outcome
 from eagle3_ray.training.progress import StepProgress
+from eagle3_ray.training.pulses import Mark
 from eagle3_ray.training.rank import PendingStep, Rank, start_rank
 from eagle3_ray.training.ready import ReadyBin, make_ready
 from eagle3_ray.training.run_folder import INITIAL_METRICS, epoch_folder, step_folder
@@ -36,7 +39,7 @@ def run_rank(job: TrainJob) -> None:
     """
     rank = start_rank(job)
     rank.laps.end("model")
-    with contextlib.closing(rank.loggers), rank.saver:
+    with contextlib.closing(rank.loggers), rank.saver, rank.watch:
         items = iter_train_bins(rank)  # read from now on, while the draft is validated
         if rank.step == 0:
             record_untrained(rank)
@@ -85,7 +88,20 @@ def iter_bins(
         device=settings.device,
     )
     is_gpu, pack_in = settings.device.type == "cuda", rank.job.settings.pack_in
-    return iter_step_bins(shard, source, schedule, rank.number, steps, pack_in, prepare, pin_memory=is_gpu)
+    items = iter_step_bins(shard, source, schedule, rank.number, steps, pack_in, prepare, pin_memory=is_gpu)
+    return watched(rank, items, validates=source is rank.validation_source)
+
+
+def watched(rank: Rank, items: Iterator[StepBins[ReadyBin]], *, validates: bool) -> Iterator[StepBins[ReadyBin]]:
+    """Yield what is streamed, and say before and after each that there is progress."""
+    for number in itertools.count():
+        validation_step = number if validates else None
+        rank.watch.mark(Mark(rank.step, validation_step, is_reading=True))
+        item = next(items, None)
+        if item is None:
+            return
+        rank.watch.mark(Mark(rank.step, validation_step, is_reading=False))
+        yield item
 
 
 def update(rank: Rank, item: StepBins[ReadyBin]) -> None:
@@ -110,7 +126,7 @@ def update(rank: Rank, item: StepBins[ReadyBin]) -> None:
         Wishes(stop=rank.stop_ordered.is_set(), save=rank.saver.is_due()),
     )
     learn_outcome(rank)
-    rank.pending = PendingStep(rank.step, [ready.number for ready in item.bins], result)
+    rank.pending = PendingStep(rank.step, result)
     rank.step += 1
     if not rank.is_listening:
         begin_listening(rank, item.wait_s)
@@ -129,25 +145,6 @@ def begin_listening(rank: Rank, wait_s: float) -> None:
         rank.job.channel.tell(rank.laps.first_step(wait_s))
 
 
-def learn_outcome(rank: Rank) -> None:
-    """Take note of the gradient norm of the last step queued, and of orders to stop or to save that it carried.
-
-    sync: waits for that step. The ranks call it alike.
-
-    Raises:
-        NonFiniteError: A gradient was NaN or Inf; names the files. That update was left out.
-    """
-    if rank.pending is None:
-        return
-    (step, numbers, result), rank.pending = rank.pending, None
-    try:
-        rank.grad_norm, (rank.is_stopping, rank.is_saving) = result.wait()
-    except NonFiniteError as error:
-        files = [path for number in numbers for path in rank.train_source.paths_of_bin(number)]
-        held = f"rank {rank.number} held {', '.join(files) or 'no samples'}"
-        raise NonFiniteError(f"step {step}: {error} Nothing was updated; {held}.") from error
-
-
 def log_progress(rank: Rank) -> None:
     """Reduce what was summed since the last logged point, log it, and tell the driver. collective."""
     job = rank.job
@@ -158,6 +155,7 @@ def log_progress(rank: Rank) -> None:
     rank.metrics[f"{TRAIN}/lr"] = rank.optimizer.param_groups[0]["lr"]
     rank.metrics[f"{TRAIN}/grad_norm"] = rank.grad_norm
     rank.metrics[f"{TRAIN}/step"] = float(rank.step)
+    rank.metrics[LEFT_OUT_STEPS] = float(rank.num_left_out)
     rank.metrics[f"{TRAIN}/epoch"] = rank.step / job.schedule.steps_per_epoch
     rank.metrics[f"{TRAIN}/progress_frac"] = rank.step / job.stop_step
     rank.loggers.log(rank.metrics, rank.step)
@@ -224,7 +222,7 @@ def save(rank: Rank, name: str, validation: Mapping[str, float]) -> None:
     rank.is_saving = False  # what was ordered until now is done here
     record = {
         "step": rank.step,
-        "metrics": {**rank.metrics, **validation},
+        "metrics": {**rank.metrics, LEFT_OUT_STEPS: float(rank.num_left_out), **validation},
         "identity": dict(rank.job.identity),
         "settings": rank.job.settings.model_dump(mode="json"),
         "num_workers": rank.job.schedule.num_workers,

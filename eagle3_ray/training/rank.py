@@ -13,10 +13,12 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 
+from eagle3_ray.data.packing import BinSchedule
 from eagle3_ray.data.pipeline import BinSource
+from eagle3_ray.data.source import BinOrder
 from eagle3_ray.loggers import MultiLogger, open_loggers
 from eagle3_ray.machine import usable_cpus
-from eagle3_ray.metrics import TRAIN
+from eagle3_ray.metrics import LEFT_OUT_STEPS, TRAIN
 from eagle3_ray.model.draft import Eagle3Draft
 from eagle3_ray.model.initial import initial_weights
 from eagle3_ray.model.loss import TargetHead
@@ -26,12 +28,16 @@ from eagle3_ray.training.checkpoint import restore_checkpoint
 from eagle3_ray.training.job import TrainJob
 from eagle3_ray.training.meter import Meter
 from eagle3_ray.training.optim import build_optimizer
+from eagle3_ray.training.pulses import Mark
 from eagle3_ray.training.run_folder import STATE, check_same_run, latest_committed
 from eagle3_ray.training.saver import Saver, as_ray_checkpoint
 from eagle3_ray.training.sharding import build_sharded_draft
 from eagle3_ray.training.startup import Laps
 from eagle3_ray.training.step import StepResult, StepSettings
 from eagle3_ray.training.telemetry import RayGauges, last_validation
+from eagle3_ray.training.watch import Watch
+
+MAX_FILES_NAMED = 20
 
 
 class PendingStep(NamedTuple):
@@ -39,12 +45,10 @@ class PendingStep(NamedTuple):
 
     Attributes:
         step: Counted from 0 over all epochs and restarts.
-        bins: Numbers of the bins that this rank held.
         result: On its way.
     """
 
     step: int
-    bins: list[int]
     result: StepResult
 
 
@@ -57,6 +61,8 @@ class Rank:
         step: Optimizer updates done, over all epochs and restarts.
         pending: The last update, until its outcome is learnt.
         grad_norm: Of the last update learnt of, before clipping.
+        num_left_out: Updates left out, over all restarts, because a gradient was NaN or Inf.
+        num_left_out_in_a_row: Those since the last that was made.
         metrics: Of the last logged point.
         owes_validation: The checkpoint it went on from was stored at the end of an epoch, without validation.
         is_listening: A step is made, and rank 0 listens for the driver's order to stop.
@@ -64,6 +70,7 @@ class Rank:
         is_stopping: All ranks have agreed to save and stop.
         is_saving: All ranks have agreed to save now, in mid-epoch, since rank 0's clock says so.
         laps: Where the time until its first step goes.
+        watch: Over the ranks' progress.
     """
 
     number: int
@@ -80,6 +87,8 @@ class Rank:
     step: int
     pending: PendingStep | None
     grad_norm: float
+    num_left_out: int
+    num_left_out_in_a_row: int
     metrics: dict[str, float]
     owes_validation: bool
     is_listening: bool
@@ -87,6 +96,7 @@ class Rank:
     is_stopping: bool
     is_saving: bool
     laps: Laps
+    watch: Watch
 
     @property
     def is_first(self) -> bool:
@@ -119,6 +129,15 @@ def start_rank(job: TrainJob) -> Rank:
                 state_dir = copies.enter_context(share_state(checkpoint.path / STATE).as_directory())
             restore_checkpoint(Path(state_dir), draft, optimizer)
     step = 0 if checkpoint is None else checkpoint.step
+    train_source = ray.get(job.train_source)
+    validation_source = None if job.validation_source is None else ray.get(job.validation_source)
+
+    def describe_bins(rank: int, mark: Mark) -> str:
+        if mark.validation_step is None:
+            return describe_files(train_source, job.schedule, mark.step, rank)
+        assert validation_source is not None and job.validation_schedule is not None
+        return describe_files(validation_source, job.validation_schedule, mark.validation_step, rank)
+
     return Rank(
         number=number,
         job=job,
@@ -134,14 +153,16 @@ def start_rank(job: TrainJob) -> Rank:
             device=device,
             compute_dtype=compute_dtype,
         ),
-        train_source=ray.get(job.train_source),
-        validation_source=None if job.validation_source is None else ray.get(job.validation_source),
+        train_source=train_source,
+        validation_source=validation_source,
         meter=Meter(settings.ttt_steps, device),
         loggers=open_rank_loggers(job, number, step),
         saver=Saver(job, draft, optimizer),
         step=step,
         pending=None,
         grad_norm=0.0,
+        num_left_out=0 if checkpoint is None else int(checkpoint.metrics.get(LEFT_OUT_STEPS, 0)),
+        num_left_out_in_a_row=0,
         metrics={} if checkpoint is None else train_metrics(checkpoint.metrics),
         owes_validation=checkpoint is not None and job.owes_validation(checkpoint),
         is_listening=False,
@@ -149,7 +170,18 @@ def start_rank(job: TrainJob) -> Rank:
         is_stopping=False,
         is_saving=False,
         laps=laps,
+        watch=Watch(job.channel, number, settings.hang_timeout_s, describe_bins),
     )
+
+
+def describe_files(source: BinSource, schedule: BinSchedule, step: int, rank: int | None = None) -> str:
+    """Name the files of a step's bins, or of one rank's of them; the first twenty."""
+    order = BinOrder(source, schedule)
+    rows = range(step * schedule.rows_per_step, (step + 1) * schedule.rows_per_step)
+    numbers = [order.number(row) for row in rows if rank is None or schedule.place(row).rank == rank]
+    files = [path for number in numbers for path in source.paths_of_bin(number)]
+    more = f" and {len(files) - MAX_FILES_NAMED} more" if len(files) > MAX_FILES_NAMED else ""
+    return (", ".join(files[:MAX_FILES_NAMED]) or "no samples") + more
 
 
 def share_state(path: StoragePath) -> ray.train.Checkpoint:

@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from eagle3_ray.errors import NonFiniteError
 from eagle3_ray.model.draft import DraftInputs, Eagle3Draft
 from eagle3_ray.model.loss import TargetHead
 from eagle3_ray.training.ready import ReadyBin
@@ -55,35 +54,43 @@ class Wishes(NamedTuple):
 NO_WISHES = Wishes()
 
 
+class StepOutcome(NamedTuple):
+    """What the host learns of an update; the same on all ranks.
+
+    Attributes:
+        grad_norm: Global norm before clipping; NaN or Inf if the update was left out.
+        wishes: What some rank wishes.
+    """
+
+    grad_norm: float
+    wishes: Wishes
+
+    @property
+    def is_left_out(self) -> bool:
+        """A gradient was NaN or Inf, and nothing was updated."""
+        return not math.isfinite(self.grad_norm)
+
+
 class StepResult:
     """What an update tells: sums for the next logged point, and what the host must know soon, on its way there.
 
     Attributes:
-        sums: This rank's sums [6, P] float64 (`loss.SUM_NAMES`).
+        sums: This rank's sums [6, P] float64 (`loss.SUM_NAMES`); zeros if the update was left out.
     """
 
     def __init__(self, sums: Tensor, grad_norm: Tensor, num_wishing: Tensor) -> None:
-        self.sums = sums
+        self.sums = torch.where(torch.isfinite(grad_norm), sums, torch.zeros_like(sums))
         self._numbers = torch.cat((grad_norm.double().view(1), num_wishing.double())).to("cpu", non_blocking=True)
         self._done = torch.cuda.Event() if sums.is_cuda else None
         if self._done is not None:
             self._done.record()
 
-    def wait(self) -> tuple[float, Wishes]:
-        """Wait until the device has made the update, not for what was queued behind it.
-
-        Returns:
-            The global gradient norm before clipping, and what some rank wishes; the same on all ranks.
-
-        Raises:
-            NonFiniteError: The norm is NaN or Inf, on all ranks alike; the update was left out.
-        """
+    def wait(self) -> StepOutcome:
+        """Wait until the device has made the update, not for what was queued behind it."""
         if self._done is not None:
             self._done.synchronize()
         grad_norm, *num_wishing = self._numbers.tolist()
-        if not math.isfinite(grad_norm):
-            raise NonFiniteError(f"the gradient norm is {grad_norm}.")
-        return grad_norm, Wishes(*map(bool, num_wishing))
+        return StepOutcome(grad_norm, Wishes(*map(bool, num_wishing)))
 
 
 def train_step(

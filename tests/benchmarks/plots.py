@@ -20,7 +20,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 RESULTS = Path(__file__).with_name("results")
 BAR_WIDTH = 0.38
-MIN_NAMED_S = 0.6  # of a bar's pieces: below that there is no room for a name
+LETTER_S = 0.14  # width of a letter in a bar of seconds: a piece that its name does not fit into has none
 TIMES = "\N{MULTIPLICATION SIGN}"
 
 Row = dict[str, Any]
@@ -133,10 +133,10 @@ def draw_startup(figure: Figure, rows: list[Row], theme: Theme) -> None:
         for turn, (part, seconds) in enumerate(row["parts_s"].items()):
             shade = (1.0, 0.7)[turn % 2]
             axes.barh(number, seconds, 0.55, left=start_s, color=theme.own, alpha=shade)
-            if seconds >= MIN_NAMED_S:
+            if seconds >= LETTER_S * len(part):
                 middle_s = start_s + seconds / 2
                 axes.text(
-                    middle_s, number, f"{part}\n{seconds:.1f}", ha="center", va="center", color="white", fontsize=8
+                    middle_s, number, f"{part}\n{seconds:.1f}", ha="center", va="center", color="white", fontsize=7
                 )
             start_s += seconds
         axes.text(start_s + 0.15, number, f"{row['after_s']:.1f} s", va="center", fontweight="bold")

@@ -139,7 +139,7 @@ def time_steps(
         losses = (result.sums[0] / result.sums[1].clamp(min=1)).tolist()  # waits for the device
         seconds.append(time.perf_counter() - start)
         if repeat == 0:
-            first = {"first_loss": sum(losses), "first_grad_norm": result.wait()[0]}
+            first = {"first_loss": sum(losses), "first_grad_norm": result.wait().grad_norm}
     return {
         "tokens_per_s": packed.num_tokens / min(seconds[1:]),
         "memory_above_weights_bytes": peak_memory_bytes(settings.device) - resident_bytes,

@@ -58,7 +58,7 @@ def make_inputs(folder: Path, arguments: argparse.Namespace, times: int) -> None
         hidden_size=arguments.hidden,
         num_train_tokens=0,
         intermediate_size=arguments.intermediate,
-        num_layers=6,
+        num_layers=8,
         vocab_size=arguments.vocab,
     )
     num_samples = times * WORKERS * arguments.steps * arguments.tokens // arguments.document

@@ -1,0 +1,88 @@
+"""Who among the ranks is stuck: each tells now and then where it is, and one that stays there for too long is named.
+
+A rank that is stuck holds up all others, which wait for it in a collective; so of those that made no progress, the
+culprit is one that is not heard of any more, else one that waits for its bins, else one that is a step behind.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+SILENT_FRAC = (
+    0.5  # of the time without progress after which a rank is stuck: unheard of for so long, its process stands
+)
+
+
+class Mark(NamedTuple):
+    """Where a rank is.
+
+    Attributes:
+        step: Optimizer step, counted from 0.
+        validation_step: If it validates, before that step: the step of the validation, else None.
+        is_reading: It waits for its bins, and for nobody else.
+    """
+
+    step: int
+    validation_step: int | None
+    is_reading: bool
+
+    @property
+    def place(self) -> tuple[int, float]:
+        """What rises with all progress."""
+        return self.step, math.inf if self.validation_step is None else self.validation_step
+
+
+class Pulse(NamedTuple):
+    """The last that was heard of a rank: where it was, since when it has been there, when it was heard (seconds)."""
+
+    mark: Mark
+    since_s: float
+    heard_s: float
+
+
+class Stuck(NamedTuple):
+    """A rank that holds up the others; `for_s` is how long it has made no progress."""
+
+    rank: int
+    mark: Mark
+    for_s: float
+    is_silent: bool
+
+
+class Pulses:
+    """What all ranks of a group of workers told last; a new group, after a restart, starts anew."""
+
+    def __init__(self) -> None:
+        self._group = ""
+        self._by_rank: dict[int, Pulse] = {}
+
+    def take(self, group: str, rank: int, mark: Mark, now_s: float, timeout_s: float) -> list[Stuck]:
+        """Take note of where a rank is, and return who is stuck: nobody, or the culprits among all ranks heard of.
+
+        Only one rank is told, once: it ends the group.
+        """
+        if group != self._group:
+            self._group, self._by_rank = group, {}
+        known = self._by_rank.get(rank)
+        since_s = known.since_s if known is not None and known.mark == mark else now_s
+        self._by_rank[rank] = Pulse(mark, since_s, now_s)
+        culprits = find_culprits(self._by_rank, now_s, timeout_s)
+        if culprits:
+            self._by_rank = {}
+        return culprits
+
+
+def find_culprits(pulses: Mapping[int, Pulse], now_s: float, timeout_s: float) -> list[Stuck]:
+    """Return the ranks that the others wait for, of those that made no progress for `timeout_s` or longer."""
+    stuck = [
+        Stuck(rank, pulse.mark, now_s - pulse.since_s, now_s - pulse.heard_s > SILENT_FRAC * timeout_s)
+        for rank, pulse in sorted(pulses.items())
+        if now_s - pulse.since_s > timeout_s
+    ]
+    first = min((one.mark.place for one in stuck), default=(0, 0.0))
+    kinds = (
+        [one for one in stuck if one.is_silent],
+        [one for one in stuck if one.mark.is_reading],
+        [one for one in stuck if one.mark.place == first],
+    )
+    return next((kind for kind in kinds if kind), [])
