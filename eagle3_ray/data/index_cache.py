@@ -19,7 +19,7 @@ from eagle3_ray.storage import StoragePath, to_path, write_atomically
 logger = logging.getLogger(__name__)
 
 CACHE_DIR = ".eagle3_ray"
-LAYOUT = 1  # count up when the columns, or what makes a file good, change
+LAYOUT = 2  # count up when the columns, or what makes a file good, change
 
 SCHEMA = pa.schema(
     [

@@ -13,6 +13,8 @@ from torch import Tensor
 from eagle3_ray.data.sample_file import TOKEN_FREQUENCIES, Problem, read_sample_file
 from eagle3_ray.errors import SampleFormatError
 
+WHOLE_NUMBERS = frozenset({torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
+FLOATS = frozenset({torch.bfloat16, torch.float16, torch.float32, torch.float64})
 MAX_PROBES = 16
 MIN_PROBES_TO_CALL_NORMED = 4  # one or two positions of an un-normed state can have rms(y / w) near 1 by chance
 NORMED_TOLERANCE = 0.02  # bf16 rounds x / rms(x) and its product with w (0.4 % together); the rest is for the epsilon
@@ -191,8 +193,7 @@ def _problems_of_tokens(content: dict[str, object], vocab_size: int) -> list[Pro
     input_ids, loss_mask = content["input_ids"], content["loss_mask"]
     problems = []
     for name, value in (("input_ids", input_ids), ("loss_mask", loss_mask)):
-        integers = isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())
-        if not (integers and isinstance(value, Tensor) and value.dim() == 1 and len(value) > 0):
+        if not (isinstance(value, Tensor) and value.dtype in WHOLE_NUMBERS and value.dim() == 1 and len(value) > 0):
             detail = f"{name} is {_shape(value)}, expected whole numbers [S] with S >= 1."
             problems.append(Problem("another shape or dtype", detail))
     if problems:
@@ -242,7 +243,7 @@ def _problems_of_states(
     problems = []
     wrong_widths: dict[tuple[int, int], list[str]] = {}
     for (name, state), width in zip(states.items(), widths, strict=True):
-        if not (isinstance(state, Tensor) and state.is_floating_point() and state.dim() == 2):
+        if not (isinstance(state, Tensor) and state.dtype in FLOATS and state.dim() == 2):
             detail = f"{name} is {_shape(state)}, expected floats [S, {width}]."
             problems.append(Problem("another shape or dtype", detail))
             continue
