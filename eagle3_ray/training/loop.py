@@ -85,7 +85,10 @@ def iter_bins(
         device=settings.device,
     )
     is_gpu, pack_in = settings.device.type == "cuda", rank.job.settings.pack_in
-    return iter_step_bins(shard, source, schedule, rank.number, steps, pack_in, prepare, pin_memory=is_gpu)
+    leave_out = rank.job.leave_out_bad_file
+    return iter_step_bins(
+        shard, source, schedule, rank.number, steps, pack_in, prepare, pin_memory=is_gpu, leave_out=leave_out
+    )
 
 
 def update(rank: Rank, item: StepBins[ReadyBin]) -> None:

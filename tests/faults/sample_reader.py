@@ -119,7 +119,7 @@ def check_sample(sample: Sample, spec: SampleSpec) -> None:
         assert not state.requires_grad and torch.isfinite(state).all()
     packed = pack_samples([sample], TOTAL_SEQ_LEN, spec)
     assert not packed.aux_states.requires_grad and torch.isfinite(packed.last_state).all()
-    (arrays,) = read_arrays([IndexedFile(sample.path, num_tokens)], spec, TOTAL_SEQ_LEN)
+    (arrays,), _ = read_arrays([IndexedFile(sample.path, num_tokens)], spec, TOTAL_SEQ_LEN)
     again = pack_samples([to_sample(arrays)], TOTAL_SEQ_LEN, spec)
     assert torch.equal(packed.last_state, again.last_state) and torch.equal(packed.aux_states, again.aux_states)
 

@@ -5,12 +5,14 @@ import json
 import queue
 import sys
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 
 from eagle3_ray import console
+from eagle3_ray.data.quarantine import Quarantine
 from eagle3_ray.training import progress
 from eagle3_ray.training.channel import Channel
 from eagle3_ray.training.progress import (
@@ -23,6 +25,7 @@ from eagle3_ray.training.progress import (
 )
 from eagle3_ray.training.startup import FirstStep, Laps
 
+NONE_LEFT_OUT = Quarantine(Path("quarantine.jsonl"), "/data", 1, 0.0)
 METRICS = {
     "train/loss": 3.14159,
     "train/loss_0": 1.0,
@@ -67,7 +70,7 @@ def show(
         patched.setattr(progress, "open_channel", FakeChannel)
         patched.setattr(sys, "stdout", stdout)
         patched.setattr(sys, "stderr", stderr)
-        with ProgressBoard(Laps()) as board:
+        with ProgressBoard(Laps(), NONE_LEFT_OUT) as board:
             for item in items:
                 board.channel.tell(item)
         channel: Any = board.channel
@@ -178,7 +181,7 @@ def tell(channel: Channel, items: list[StepProgress | Note]) -> None:
 @pytest.mark.usefixtures("ray_cluster")
 def test_what_a_ray_worker_tells_is_shown_by_the_driver(capfd: pytest.CaptureFixture[str]) -> None:
     lines = [f"line {number}" for number in range(200)]
-    with ProgressBoard(Laps()) as board:
+    with ProgressBoard(Laps(), NONE_LEFT_OUT) as board:
         ray.get(tell.remote(board.channel, [of_step(0, 10), *map(Note, lines)]))
     # Read once nothing is written any more: a capture that is read meanwhile loses text.
     assert capfd.readouterr().out.splitlines() == [FIRST_LINE, *lines]  # all of them, in the order they were told in
