@@ -17,6 +17,7 @@ from eagle3_ray.data.quarantine import Quarantine
 from eagle3_ray.data.samples import read_sample
 from eagle3_ray.data.source import BinSource
 from eagle3_ray.errors import DataError, SampleFormatError
+from eagle3_ray.storage import ObjectPath
 from tests.makers import make_spec, write_bad_file, write_samples
 
 LIST = "quarantine.jsonl"
@@ -110,6 +111,22 @@ def test_a_file_that_cannot_be_written_down_ends_the_run(tmp_path: Path) -> None
     quarantine.append(file)
     with pytest.raises(DataError, match=r"quarantine\.jsonl: cannot be written \(.*No such file or directory"):
         quarantine.check()
+
+
+def test_an_object_store_holds_the_same(s3_bucket: ObjectPath) -> None:
+    place = s3_bucket / "run" / LIST
+    quarantine = Quarantine(place, "/data", 1, 0.5)
+    quarantine.read(10)
+    for told in ("/data/a.pt", "/data/b.pt"):
+        file = quarantine.leave_out(bad_file(told))
+        assert file is not None
+        quarantine.append(file)
+    again = Quarantine(place, "/data", 1, 0.5)
+    again.read(10)
+    assert again.left_out_of_bins == {"a.pt", "b.pt"}
+    again.begin(10, [])
+    again.store()
+    assert not place.exists()
 
 
 # ------------------------------------------------------------------------------------- the plan
