@@ -95,6 +95,17 @@ class DataSettings(Settings):
     bins_per_step: int | None = Field(
         None, ge=1, description="Bins in one step over all workers. Default: the number of workers."
     )
+    on_bad_sample: Literal["fail", "quarantine"] = Field(
+        "fail",
+        description="A file that is no usable sample. fail: ends the run; quarantine: is left out and listed in "
+        "quarantine.jsonl of the run folder.",
+    )
+    max_bad_frac: float = Field(
+        0.01, ge=0, le=1, description="Share (0..1) of the files that may be left out before the run ends."
+    )
+    scan: bool = Field(
+        False, description="Read and check all states of all samples before training; an unchanged file once."
+    )
 
     _rising = field_validator("aux_layer_ids")(_check_layer_ids)
 

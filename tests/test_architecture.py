@@ -160,6 +160,15 @@ def test_help_and_mistakes_are_answered_without_a_heavy_library(words: list[str]
     assert done.returncode == 0, done.stderr
 
 
+def test_train_starts_ray_before_it_imports_what_takes_seconds() -> None:
+    program = (
+        "import sys, eagle3_ray.jobs.train\n"
+        "sys.exit(str(sorted({'torch', 'transformers', 'pandas', 'ray.data', 'ray.train'} & set(sys.modules)) or ''))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=PACKAGE.parent, capture_output=True, text=True)
+    assert done.stderr.strip() == ""
+
+
 @pytest.mark.parametrize("module", ["training.loop", "training.stream"])
 def test_workers_and_ray_trains_controller_start_without_transformers(module: str) -> None:
     program = f"import sys, eagle3_ray.{module}\nsys.exit('transformers' in sys.modules)"

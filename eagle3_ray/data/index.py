@@ -1,8 +1,8 @@
 """All files of a folder, each read once: lengths, supervised tokens, token counts.
 
-An index reads of a file its ids and mask, and 16 rows of the last hidden state; the rest only when it is trained on.
+An index reads of a file its ids and mask, and 16 rows of the last hidden state; a scan reads all of it.
 The driver reads for two seconds, in which a small folder is done before the processes of Ray tasks would have started;
-tasks read the rest, some hundred files each. Any file that is no usable sample ends the run before it begins.
+tasks read the rest, some hundred files each. What a run does about files that are no usable samples is its own choice.
 """
 
 import functools
@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -21,11 +21,12 @@ import torch
 from numpy.typing import NDArray
 from ray.exceptions import RayTaskError
 
+from eagle3_ray.data.bad_files import MAX_FILES_NAMED, BadFiles
 from eagle3_ray.data.flat import FlatStrings
-from eagle3_ray.data.folder import HOW_TO_GET_SAMPLES, BadFiles, list_sample_files
+from eagle3_ray.data.folder import HOW_TO_GET_SAMPLES, list_sample_files
 from eagle3_ray.data.index_cache import FileFacts, read_index_cache, write_index_cache
 from eagle3_ray.data.sample_file import TOKEN_FREQUENCIES
-from eagle3_ray.data.samples import Sample, SampleSpec, inspect_sample, inspect_tokens
+from eagle3_ray.data.samples import Sample, SampleSpec, inspect_sample, inspect_tokens, scan_sample, to_bad_file
 from eagle3_ray.errors import ClusterError, DataError, Eagle3RayError
 from eagle3_ray.storage import is_remote, to_path
 
@@ -81,50 +82,102 @@ class SampleIndex:
         return digest.hexdigest()
 
 
-def build_index(data_path: str, spec: SampleSpec) -> SampleIndex:
-    """Look at every `.pt` file under a folder once; files that have not changed since are not opened again.
+@dataclass(frozen=True)
+class Survey:
+    """What the files of a folder are.
 
-    Args:
-        data_path: searched at any depth; names that begin with a dot are left out.
-        spec: what each sample must look like.
+    Attributes:
+        root: the folder, absolute.
+        version: of the samples, 0 or 1.
+        num_files: `.pt` files there are.
+        facts: of the good ones, token frequencies among them, by relative path, ascending.
+        bad_files: the others.
+    """
 
-    Returns:
-        The samples. Token-frequency files are counted and left out.
+    root: str
+    version: int
+    num_files: int
+    facts: dict[str, FileFacts]
+    bad_files: BadFiles
+
+    def to_index(self) -> SampleIndex:
+        """Return the samples. Token-frequency files are counted and left out.
+
+        Raises:
+            DataError: There is none.
+        """
+        paths = [path for path, facts in self.facts.items() if facts.is_sample]
+        _check_any_sample(self.root, len(paths), self.version)
+        return SampleIndex(
+            root=self.root,
+            paths=paths,
+            num_tokens=np.array([self.facts[path].num_tokens for path in paths], dtype=np.int64),
+            num_supervised=np.array([self.facts[path].num_supervised for path in paths], dtype=np.int64),
+            num_not_samples=len(self.facts) - len(paths),
+        )
+
+
+def build_index(data_path: str, spec: SampleSpec, scan: bool = False) -> SampleIndex:
+    """Return the samples of a folder, all of whose `.pt` files must be usable. Arguments as in `survey_folder`.
 
     Raises:
         DataError: No folder, no sample, or files that are no usable samples; names up to 20 with their reasons.
         ClusterError: A task was lost for good.
     """
+    survey = survey_folder(data_path, spec, scan)
+    survey.bad_files.raise_if_any(survey.root, survey.num_files, survey.version)
+    return survey.to_index()
+
+
+def survey_folder(
+    data_path: str,
+    spec: SampleSpec,
+    scan: bool = False,
+    max_named: int = MAX_FILES_NAMED,
+    leave_out: Collection[str] = (),
+) -> Survey:
+    """Look at every `.pt` file under a folder once; files that have not changed since are not opened again.
+
+    Args:
+        data_path: searched at any depth; names that begin with a dot are left out.
+        spec: what each sample must look like.
+        scan: read all states of every sample, not a few rows of one.
+        max_named: bad files to keep the reasons of.
+        leave_out: relative paths of files not to look at.
+
+    Raises:
+        DataError: No folder, or no `.pt` file in it.
+        ClusterError: A task was lost for good.
+    """
     root = str(to_path(data_path).absolute())
-    stamps = list_sample_files(root)
+    stamps = {path: stamp for path, stamp in list_sample_files(root).items() if path not in leave_out}
     cached = read_index_cache(root, spec)
-    known = {path: cached[path][1] for path, stamp in stamps.items() if path in cached and cached[path][0] == stamp}
+    known = {
+        path: cached[path][1]
+        for path, stamp in stamps.items()
+        if path in cached and cached[path][0] == stamp and (cached[path][1].is_scanned or not scan)
+    }
     changed = [path for path in stamps if path not in known]
-    bad_files = BadFiles()
-    for paths, (facts, bad) in _inspect_all(root, changed, spec):
+    bad_files = BadFiles(max_named)
+    for paths, (facts, bad) in _inspect_all(root, changed, spec, scan, max_named):
         known.update({path: fact for path, fact in zip(paths, facts, strict=True) if fact is not None})
         bad_files.add(bad)
+    facts_by_path = {path: known[path] for path in stamps if path in known}
     if changed:
-        write_index_cache(root, spec, {path: (stamps[path], known[path]) for path in stamps if path in known})
-    bad_files.raise_if_any(root, len(stamps), spec.data_format_version)
-    paths = [path for path in stamps if known[path].is_sample]
-    _check_any_sample(root, len(paths), spec.data_format_version)
-    return SampleIndex(
-        root=root,
-        paths=paths,
-        num_tokens=np.array([known[path].num_tokens for path in paths], dtype=np.int64),
-        num_supervised=np.array([known[path].num_supervised for path in paths], dtype=np.int64),
-        num_not_samples=len(stamps) - len(paths),
-    )
+        write_index_cache(root, spec, {path: (stamps[path], facts) for path, facts in facts_by_path.items()})
+    return Survey(root, spec.data_format_version, len(stamps), facts_by_path, bad_files)
 
 
-def count_supervised_tokens(data_path: str, data_format_version: int, vocab_size: int) -> NDArray[np.int64]:
+def count_supervised_tokens(
+    data_path: str, data_format_version: int, vocab_size: int, leave_out: Collection[str] = ()
+) -> NDArray[np.int64]:
     """Count each id over the supervised tokens of all samples, in Ray tasks whose counts are summed.
 
     Args:
         data_path: folder of samples, as in `build_index`.
         data_format_version: 0 or 1.
         vocab_size: W.
+        leave_out: relative paths of files not to count.
 
     Returns:
         [W] int64; the same whatever the number of tasks and workers.
@@ -134,7 +187,7 @@ def count_supervised_tokens(data_path: str, data_format_version: int, vocab_size
         ClusterError: A task was lost for good.
     """
     root = str(to_path(data_path).absolute())
-    files = list(list_sample_files(root))
+    files = [path for path in list_sample_files(root) if path not in leave_out]
     counts = np.zeros(vocab_size, dtype=np.int64)
     num_samples = 0
     bad_files = BadFiles()
@@ -175,18 +228,20 @@ def _check_any_sample(root: str, num_samples: int, version: int) -> None:
         )
 
 
-def _inspect_files(root: str, paths: list[str], spec: SampleSpec) -> tuple[list[FileFacts | None], BadFiles]:
-    """Facts of each file for `build_index`, None for a bad one."""
+def _inspect_files(
+    root: str, paths: list[str], spec: SampleSpec, scan: bool, max_named: int
+) -> tuple[list[FileFacts | None], BadFiles]:
+    """Facts of each file for `survey_folder`, None for a bad one."""
     facts: list[FileFacts | None] = []
-    bad_files = BadFiles()
-    for path, sample in _map_paths(functools.partial(inspect_sample, spec=spec), root, paths):
+    bad_files = BadFiles(max_named)
+    for path, sample in _map_paths(functools.partial(scan_sample if scan else inspect_sample, spec=spec), root, paths):
         if isinstance(sample, Sample):
-            facts.append(FileFacts(True, len(sample.input_ids), int(sample.loss_mask[1:].sum())))
+            facts.append(FileFacts(True, len(sample.input_ids), int(sample.loss_mask[1:].sum()), scan))
         elif sample[0].kind == TOKEN_FREQUENCIES:
-            facts.append(FileFacts(False, 0, 0))
+            facts.append(FileFacts(False, 0, 0, scan))
         else:
             facts.append(None)
-            bad_files.add_file(path, sample)
+            bad_files.add_file(to_bad_file(path, sample))
     return facts, bad_files
 
 
@@ -202,7 +257,7 @@ def _count_files(
             input_ids, loss_mask = tokens
             supervised_ids.append(input_ids[loss_mask].numpy())
         elif tokens[0].kind != TOKEN_FREQUENCIES:
-            bad_files.add_file(path, tokens)
+            bad_files.add_file(to_bad_file(path, tokens))
     counts = np.bincount(np.concatenate([np.empty(0, dtype=np.int64), *supervised_ids]), minlength=vocab_size)
     return counts.astype(np.int64), len(supervised_ids), bad_files
 
@@ -218,16 +273,16 @@ def _map_paths(inspect: Callable[[str], Result], root: str, paths: list[str]) ->
 
 
 def _inspect_all(
-    root: str, paths: list[str], spec: SampleSpec
+    root: str, paths: list[str], spec: SampleSpec, scan: bool, max_named: int
 ) -> Iterator[tuple[list[str], tuple[list[FileFacts | None], BadFiles]]]:
     """Yield (some paths, what `_inspect_files` finds in them) until all are read: here first, then in Ray tasks."""
     num_here, until_s = 0, time.monotonic() + READ_HERE_S
     while num_here < len(paths) and time.monotonic() < until_s:
         chunk = paths[num_here : num_here + FILES_AT_A_TIME_HERE]
-        yield chunk, _inspect_files(root, chunk, spec)
+        yield chunk, _inspect_files(root, chunk, spec, scan, max_named)
         num_here += len(chunk)
     if num_here < len(paths):
-        yield from _map_in_tasks(_inspect_files, root, paths[num_here:], ray.put(spec))
+        yield from _map_in_tasks(_inspect_files, root, paths[num_here:], ray.put(spec), scan, max_named)
 
 
 def _map_in_tasks(

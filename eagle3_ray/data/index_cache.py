@@ -19,7 +19,7 @@ from eagle3_ray.storage import StoragePath, to_path, write_atomically
 logger = logging.getLogger(__name__)
 
 CACHE_DIR = ".eagle3_ray"
-LAYOUT = 1  # count up when the columns, or what makes a file good, change
+LAYOUT = 2  # count up when the columns, or what makes a file good, change
 
 SCHEMA = pa.schema(
     [
@@ -29,6 +29,7 @@ SCHEMA = pa.schema(
         ("is_sample", pa.bool_()),
         ("num_tokens", pa.int64()),
         ("num_supervised", pa.int64()),
+        ("is_scanned", pa.bool_()),
     ]
 )
 
@@ -40,11 +41,13 @@ class FileFacts(NamedTuple):
         is_sample: False for token frequencies that lie among the samples.
         num_tokens: S; 0 if no sample.
         num_supervised: supervised tokens, the first one not counted; 0 if no sample.
+        is_scanned: All its states were read.
     """
 
     is_sample: bool
     num_tokens: int
     num_supervised: int
+    is_scanned: bool
 
 
 def read_index_cache(root: str, spec: SampleSpec) -> dict[str, tuple[FileStamp, FileFacts]]:
@@ -58,7 +61,7 @@ def read_index_cache(root: str, spec: SampleSpec) -> dict[str, tuple[FileStamp, 
         logger.info("index cache %s cannot be read (%s), all files are read again", path, error)
         return {}
     stamps = map(FileStamp, columns["num_bytes"], columns["mtime_ns"])
-    facts = map(FileFacts, columns["is_sample"], columns["num_tokens"], columns["num_supervised"])
+    facts = map(FileFacts, *(columns[name] for name in FileFacts._fields))
     return dict(zip(map(os.fsdecode, columns["path"]), zip(stamps, facts, strict=True), strict=True))
 
 
@@ -71,6 +74,7 @@ def write_index_cache(root: str, spec: SampleSpec, files: dict[str, tuple[FileSt
         [facts.is_sample for _, facts in files.values()],
         [facts.num_tokens for _, facts in files.values()],
         [facts.num_supervised for _, facts in files.values()],
+        [facts.is_scanned for _, facts in files.values()],
     ]
     table = pa.table(dict(zip(SCHEMA.names, columns, strict=True)), schema=SCHEMA)
     path = _cache_path(root, spec)

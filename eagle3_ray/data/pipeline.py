@@ -26,10 +26,11 @@ from numpy.typing import NDArray
 from ray.data import DataContext, DataIterator, Dataset, ExecutionOptions
 from ray.exceptions import RayTaskError
 
+from eagle3_ray.data.bad_files import BadFile
 from eagle3_ray.data.batch import PackedBin, allocate_bin
 from eagle3_ray.data.packing import BinSchedule
-from eagle3_ray.data.samples import Sample, SampleSpec
-from eagle3_ray.data.source import BinOrder, BinSource, IndexedFile, read_samples
+from eagle3_ray.data.samples import Sample, SampleSpec, raise_bad_file
+from eagle3_ray.data.source import BinOrder, BinSource, IndexedFile, read_files
 from eagle3_ray.errors import DataError, Eagle3RayError
 
 __all__ = ["BinSource", "PackIn", "StepBins", "TENSORS", "bin_execution_options", "build_bin_dataset", "iter_step_bins"]
@@ -101,10 +102,13 @@ class SampleArrays(NamedTuple):
     states: list[NDArray[Any]]
 
 
-def read_arrays(files: list[IndexedFile], spec: SampleSpec, total_seq_len: int) -> list[SampleArrays]:
+def read_arrays(
+    files: list[IndexedFile], spec: SampleSpec, total_seq_len: int
+) -> tuple[list[SampleArrays], list[BadFile]]:
     """Read and check the samples of a bin, in a Ray task; their arrays are views of the files."""
     torch.set_num_threads(1)
-    return [_to_arrays(sample, total_seq_len + 1) for sample in read_samples(files, spec)]
+    samples, bad_files = read_files(files, spec)
+    return [_to_arrays(sample, total_seq_len + 1) for sample in samples], bad_files
 
 
 def _to_arrays(sample: Sample, num_tokens: int) -> SampleArrays:
@@ -163,6 +167,7 @@ def iter_step_bins(
     prepare: Callable[[PackedBin], Ready],
     pin_memory: bool = False,
     num_prefetch: int = 2,
+    leave_out: Callable[[BadFile], object] = raise_bad_file,
 ) -> Iterator[StepBins[Ready]]:
     """Yield this rank's bins of each step in `steps`, read and prepared ahead by a thread from the call on.
 
@@ -177,9 +182,10 @@ def iter_step_bins(
         prepare: Makes of a packed bin what the step takes, in the thread.
         pin_memory: Page-lock the buffers, for copies beside compute.
         num_prefetch: Steps kept ready.
+        leave_out: Called with each file that cannot be used, in the thread; its bin goes without it.
 
     Raises:
-        DataError: A row is missing or out of order, or a file cannot be used (`SampleFormatError`).
+        DataError: A row is missing or out of order, or what `leave_out` raises.
     """
     results: queue.Queue[tuple[int, list[Ready]] | BaseException] = queue.Queue(num_prefetch)
     is_closed = threading.Event()
@@ -194,7 +200,8 @@ def iter_step_bins(
     def produce() -> None:
         # Whatever goes wrong in this thread belongs to the loop that waits for its bins.
         try:
-            for step, bins in _read_steps(shard, source, schedule, rank, steps, pack_in, pin_memory, num_prefetch + 2):
+            read = _read_steps(shard, source, schedule, rank, steps, pack_in, pin_memory, num_prefetch + 2, leave_out)
+            for step, bins in read:
                 offer((step, [prepare(packed) for packed in bins]))
                 if is_closed.is_set():
                     return
@@ -225,6 +232,7 @@ def _read_steps(
     pack_in: PackIn,
     pin_memory: bool,
     num_buffers: int,
+    leave_out: Callable[[BadFile], object],
 ) -> Iterator[tuple[int, list[PackedBin]]]:
     """Yield (step, bins) in order; buffer sets go round in a ring of `num_buffers`.
 
@@ -244,7 +252,9 @@ def _read_steps(
             )
         buffers = ring[turn % num_buffers]
         for micro_step in range(schedule.micro_steps):
-            row, number, samples = next(bins)
+            row, number, samples, bad_files = next(bins)
+            for file in bad_files:
+                leave_out(file)
             buffers[micro_step] = source.pack_bin(samples, number, row, buffers[micro_step])
         yield step, list(buffers)
 
@@ -270,24 +280,29 @@ def _check_rows(dealt: Iterator[int], expected: Iterator[int], schedule: BinSche
         yield row
 
 
-def _iter_here(
-    source: BinSource, schedule: BinSchedule, rows: Iterator[int]
-) -> Iterator[tuple[int, int, list[Sample]]]:
-    """Yield (row, number of its bin, samples), read in this process."""
+class ReadBin(NamedTuple):
+    """The files of a row's bin, read: those that are samples, and those that are none any more."""
+
+    row: int
+    number: int
+    samples: list[Sample]
+    bad_files: list[BadFile]
+
+
+def _iter_here(source: BinSource, schedule: BinSchedule, rows: Iterator[int]) -> Iterator[ReadBin]:
+    """Yield the bins of these rows, read in this process."""
     order = BinOrder(source, schedule)
     for row in rows:
         number = order.number(row)
-        yield row, number, read_samples(source.files_of_bin(number), source.spec)
+        yield ReadBin(row, number, *read_files(source.files_of_bin(number), source.spec))
 
 
-def _iter_in_tasks(
-    source: BinSource, schedule: BinSchedule, rows: Iterator[int]
-) -> Iterator[tuple[int, int, list[Sample]]]:
-    """Yield (row, number of its bin, samples), read by Ray tasks some bins ahead."""
+def _iter_in_tasks(source: BinSource, schedule: BinSchedule, rows: Iterator[int]) -> Iterator[ReadBin]:
+    """Yield the bins of these rows, read by Ray tasks some bins ahead."""
     order = BinOrder(source, schedule)
     remote = ray.remote(num_cpus=CPUS_PER_TASK)(read_arrays)
     spec_ref = ray.put(source.spec)
-    ahead: deque[tuple[int, int, ray.ObjectRef[list[SampleArrays]]]] = deque()
+    ahead: deque[tuple[int, int, ray.ObjectRef[tuple[list[SampleArrays], list[BadFile]]]]] = deque()
     num_ahead = _num_bins_ahead(source)
     for row in rows:
         number = order.number(row)
@@ -306,11 +321,12 @@ def _num_bins_ahead(source: BinSource) -> int:
     return min(MAX_BINS_AHEAD, max(MIN_BINS_AHEAD, num_fitting))
 
 
-def _fetch(row: int, number: int, ref: "ray.ObjectRef[list[SampleArrays]]") -> tuple[int, int, list[Sample]]:
-    """Wait for the samples of a bin; a sample that cannot be used raises its own error."""
+def _fetch(row: int, number: int, ref: "ray.ObjectRef[tuple[list[SampleArrays], list[BadFile]]]") -> ReadBin:
+    """Wait for the samples of a bin."""
     try:
-        return row, number, [to_sample(arrays) for arrays in ray.get(ref)]
+        arrays, bad_files = ray.get(ref)
     except RayTaskError as error:
         if isinstance(error.cause, Eagle3RayError):
             raise error.cause from None  # Ray's wrapping adds nothing but a remote traceback
         raise
+    return ReadBin(row, number, [to_sample(sample) for sample in arrays], bad_files)

@@ -5,7 +5,10 @@ tensor as an entry of its own. So the pickle alone tells where each tensor lies,
 fetch the token ids, the mask and some rows of a state out of a file of many megabytes.
 """
 
+import errno
 import io
+import os
+import zipfile
 from collections.abc import Callable, Sequence
 from typing import IO, TYPE_CHECKING, Any, cast
 
@@ -22,6 +25,25 @@ BLOCK_BYTES = 64 * 1024
 SMALL_TENSOR_BYTES = 1024 * 1024  # fetched whole, as are vectors of any length: ids and masks
 
 
+class CompressedFile(ValueError):
+    """A zip whose entries are compressed: their bytes are not those of a tensor, and may unpack to any size."""
+
+
+def check_stored(file: str | IO[bytes]) -> None:
+    """Look at a zip's directory alone: is every entry stored as it is, as torch.save does?
+
+    torch.load does not ask when it maps a file, and would take compressed bytes for values.
+
+    Raises:
+        CompressedFile: One is compressed.
+        Exception: What zipfile raises on a damaged file.
+    """
+    with zipfile.ZipFile(file) as archive:
+        packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+    if packed:
+        raise CompressedFile(packed[0])
+
+
 def load_remote_file(path: ObjectPath) -> Any:
     """Fetch a file in one request and load it; nothing is unpickled but tensors and plain containers.
 
@@ -34,6 +56,7 @@ def load_remote_file(path: ObjectPath) -> Any:
         content = file.read_buffer()
     import pyarrow as pa
 
+    check_stored(pa.BufferReader(content))
     return torch.load(pa.BufferReader(content), map_location="cpu", weights_only=True)
 
 
@@ -56,6 +79,8 @@ def load_remote_rows(
     with path.open_input() as file:
         reader = BlockReader(file, path)
         try:
+            check_stored(cast(IO[bytes], reader))
+            reader.seek(0)
             # The meta device: tensors without bytes, each knowing where its bytes lie in the file.
             content = torch.load(cast(IO[bytes], reader), map_location="meta", weights_only=True)
         finally:
@@ -92,8 +117,14 @@ class BlockReader(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Move, and return the new position."""
+        """Move, and return the new position.
+
+        Raises:
+            OSError: It would lie before the beginning.
+        """
         start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        if start + offset < 0:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         self._position = start + offset
         return self._position
 
@@ -132,14 +163,15 @@ class BlockReader(io.RawIOBase):
             raise self._failure
 
 
-def _map_tensors(value: Any, fetch: Callable[[Tensor], Tensor]) -> Any:
-    """Return the same content with every tensor in it replaced."""
+def _map_tensors(value: Any, fetch: Callable[[Tensor], Tensor], depth: int = 2) -> Any:
+    """Return the same content with every tensor in it replaced, as deep as those of a sample lie."""
     if isinstance(value, Tensor):
         return fetch(value)
-    if isinstance(value, dict):
-        return {key: _map_tensors(part, fetch) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_map_tensors(part, fetch) for part in value]
+    # A content without end, which refers to itself, can be saved too.
+    if isinstance(value, dict) and depth > 0:
+        return {key: _map_tensors(part, fetch, depth - 1) for key, part in value.items()}
+    if isinstance(value, list | tuple) and depth > 0:
+        return [_map_tensors(part, fetch, depth - 1) for part in value]
     return value
 
 

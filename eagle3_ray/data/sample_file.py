@@ -9,6 +9,8 @@ never decides. `samples` checks the tensors.
 
 import os
 import pickle
+import struct
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eagle3_ray.data.remote_file import load_remote_file, load_remote_rows
+from eagle3_ray.data.remote_file import CompressedFile, check_stored, load_remote_file, load_remote_rows
 from eagle3_ray.storage import ObjectPath, is_remote, to_path
 
 KEYS = {
@@ -26,12 +28,13 @@ KEYS = {
 SPECFORGE_KEYS = frozenset({"input_ids", "loss_mask", "hidden_state", "aux_hidden_state"})
 
 TOKEN_FREQUENCIES = "token frequencies, not a sample"  # the one kind of problem that an index passes over quietly
+MAX_KEYS_NAMED, MAX_KEY_LENGTH = 12, 40
 REGENERATE = "Regenerate the file or move it away."
 
-# What torch.load raised on some thousand randomly damaged sample files.
+# What torch.load raises on damaged sample files (tests/faults); struct.error is a mere Exception.
 DAMAGED_FILE_ERRORS = (
-    RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError,
-    pickle.UnpicklingError,
+    RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError, MemoryError,
+    ArithmeticError, struct.error, pickle.UnpicklingError, zipfile.BadZipFile,
 )  # fmt: skip
 
 
@@ -71,13 +74,14 @@ def read_sample_file(
     except DAMAGED_FILE_ERRORS as error:
         return _problem_of_unreadable_file(path, error)
     if isinstance(content, Mapping) and frozenset(content) == KEYS[data_format_version]:
-        return dict(content)
+        return _take_plain_tensors(path, content)
     return _problem_of_other_content(content, data_format_version)
 
 
 def _load(path: str, version: int, rows_of: Callable[[int], Sequence[int]] | None) -> Any:
     place = to_path(path)
     if not isinstance(place, ObjectPath):
+        check_stored(str(place))
         return torch.load(place, map_location="cpu", mmap=True, weights_only=True)
     if rows_of is None:
         return load_remote_file(place)
@@ -92,6 +96,33 @@ def _last_state_of(content: object, version: int) -> Tensor | None:
     if isinstance(state, list | tuple):
         state = state[-1] if state else None
     return state if isinstance(state, Tensor) else None
+
+
+def _take_plain_tensors(path: str, content: Mapping[str, object]) -> dict[str, object] | Problem:
+    """Return the content with its tensors as mere values, without gradients; a problem if one is more than that."""
+    taken: dict[str, object] = {}
+    for name, value in content.items():
+        parts = value if isinstance(value, list | tuple) else [value]
+        for part in parts:
+            problem = _problem_of_odd_tensor(path, name, part) if isinstance(part, Tensor) else None
+            if problem is not None:
+                return problem
+        plain = [part.detach() if isinstance(part, Tensor) else part for part in parts]
+        taken[name] = plain if parts is value else plain[0]
+    return taken
+
+
+def _problem_of_odd_tensor(path: str, name: str, tensor: Tensor) -> Problem | None:
+    """Refuse what torch.load also builds: tensors without bytes of their own, or of a terabyte out of a few."""
+    is_dense = tensor.layout == torch.strided and not (tensor.is_quantized or tensor.is_nested or tensor.is_neg())
+    if not is_dense or tensor.device.type != "cpu":
+        return Problem("another shape or dtype", f"{name} is not a plain tensor of values that lie in the file.")
+    num_claimed = tensor.numel() * tensor.element_size()
+    # A view may show a value many times, as an expanded mask does; not more often than the file is long.
+    if num_claimed > tensor.untyped_storage().nbytes() and num_claimed > (num_bytes := _read_head(path)[0]):
+        shape = f"{tensor.dtype} {list(tensor.shape)}"
+        return Problem("another shape or dtype", f"{name} is {shape}, which a file of {num_bytes:,} bytes cannot hold.")
+    return None
 
 
 def _read_head(path: str) -> tuple[int, bytes]:
@@ -128,9 +159,15 @@ def _problem_of_unreadable_file(path: str, error: Exception) -> Problem:
             "holds Python objects other than tensors, which are never loaded; expected a dict of tensors.",
             "Save plain tensors, or move the file away.",
         )
+    if isinstance(error, CompressedFile):
+        return Problem(
+            "compressed",
+            f"is a zip whose entries are compressed ({error}), expected them stored as torch.save does.",
+            "Save it again with torch.save, or move it away.",
+        )
     return Problem(
         "cut short or damaged",
-        f"is cut short or damaged ({num_bytes:,} bytes; {type(error).__name__} in torch.load), expected a sample.",
+        f"is cut short or damaged ({num_bytes:,} bytes; {type(error).__name__}), expected a sample.",
         "Wait if it is still being written, else regenerate the file or move it away.",
     )
 
@@ -155,4 +192,7 @@ def _problem_of_other_content(content: object, version: int) -> Problem:
 
 
 def _braced(keys: frozenset[object]) -> str:
-    return "{" + ", ".join(sorted(map(str, keys))) + "}"
+    """Return the first few keys, as any terminal can show them."""
+    names = sorted(str(key)[:MAX_KEY_LENGTH].encode(errors="backslashreplace").decode() for key in keys)
+    more = [f"... {len(names) - MAX_KEYS_NAMED} more"] if len(names) > MAX_KEYS_NAMED else []
+    return "{" + ", ".join(names[:MAX_KEYS_NAMED] + more) + "}"

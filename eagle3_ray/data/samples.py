@@ -6,13 +6,17 @@ it. Training on one as if it were the other shows no error, but `is_normed` can 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
+from eagle3_ray.data.bad_files import BadFile
 from eagle3_ray.data.sample_file import TOKEN_FREQUENCIES, Problem, read_sample_file
 from eagle3_ray.errors import SampleFormatError
 
+WHOLE_NUMBERS = frozenset({torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
+FLOATS = frozenset({torch.bfloat16, torch.float16, torch.float32, torch.float64})
 MAX_PROBES = 16
 MIN_PROBES_TO_CALL_NORMED = 4  # one or two positions of an un-normed state can have rms(y / w) near 1 by chance
 NORMED_TOLERANCE = 0.02  # bf16 rounds x / rms(x) and its product with w (0.4 % together); the rest is for the epsilon
@@ -79,10 +83,16 @@ def read_sample(path: str, spec: SampleSpec) -> Sample:
         SampleFormatError: The file is not a sample of the format asked for; the message lists every problem.
     """
     sample = _inspect(path, spec, None)
-    if isinstance(sample, Sample):
-        return sample
-    text = f"{path}: {describe_problems(sample)}"
-    raise NotASample(text) if sample[0].kind == TOKEN_FREQUENCIES else SampleFormatError(text)
+    return sample if isinstance(sample, Sample) else raise_bad_file(to_bad_file(path, sample))
+
+
+def scan_sample(path: str, spec: SampleSpec) -> Sample | list[Problem]:
+    """Return the sample, or all that is wrong with it, in whichever state it is. Reads all of it.
+
+    Arguments as in `read_sample`.
+    """
+    sample = _inspect(path, spec, None)
+    return (_problems_of_all_values(sample) or sample) if isinstance(sample, Sample) else sample
 
 
 def inspect_sample(path: str, spec: SampleSpec) -> Sample | list[Problem]:
@@ -145,17 +155,25 @@ def check_finite(sample: Sample) -> None:
     Raises:
         SampleFormatError: Names the tensor and the first bad token.
     """
-    states = (*sample.aux_states, sample.last_state)
-    for number, state in enumerate(states):
-        # Smallest and largest value carry every NaN and Inf; isfinite on all of it would take fifty times as long.
-        if bool(torch.isfinite(torch.stack(state.aminmax())).all()):
-            continue
-        bad = ~torch.isfinite(state).all(dim=1)
-        name = "the last hidden state" if number == len(states) - 1 else f"auxiliary state {number}"
-        raise SampleFormatError(
-            f"{sample.path}: {name} has NaN or Inf at {int(bad.sum())} of {len(bad)} tokens, first at token "
-            f"{int(bad.int().argmax())}; all states must be finite. Regenerate the file or move it away."
-        )
+    problems = _problems_of_all_values(sample)
+    if problems:
+        raise_bad_file(to_bad_file(sample.path, problems))
+
+
+def to_bad_file(path: str, problems: list[Problem]) -> BadFile:
+    """Return a file's problems in words."""
+    return BadFile(path, tuple(sorted({problem.kind for problem in problems})), describe_problems(problems))
+
+
+def raise_bad_file(file: BadFile) -> NoReturn:
+    """Raise the error of a file.
+
+    Raises:
+        NotASample: The file holds token frequencies.
+        SampleFormatError: It is no sample for another reason.
+    """
+    kind = NotASample if file.kinds == (TOKEN_FREQUENCIES,) else SampleFormatError
+    raise kind(f"{file.path}: {file.text}")
 
 
 def is_normed(last_state: Tensor, weight: Tensor) -> bool:
@@ -191,8 +209,7 @@ def _problems_of_tokens(content: dict[str, object], vocab_size: int) -> list[Pro
     input_ids, loss_mask = content["input_ids"], content["loss_mask"]
     problems = []
     for name, value in (("input_ids", input_ids), ("loss_mask", loss_mask)):
-        integers = isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())
-        if not (integers and isinstance(value, Tensor) and value.dim() == 1 and len(value) > 0):
+        if not (isinstance(value, Tensor) and value.dtype in WHOLE_NUMBERS and value.dim() == 1 and len(value) > 0):
             detail = f"{name} is {_shape(value)}, expected whole numbers [S] with S >= 1."
             problems.append(Problem("another shape or dtype", detail))
     if problems:
@@ -242,7 +259,7 @@ def _problems_of_states(
     problems = []
     wrong_widths: dict[tuple[int, int], list[str]] = {}
     for (name, state), width in zip(states.items(), widths, strict=True):
-        if not (isinstance(state, Tensor) and state.is_floating_point() and state.dim() == 2):
+        if not (isinstance(state, Tensor) and state.dtype in FLOATS and state.dim() == 2):
             detail = f"{name} is {_shape(state)}, expected floats [S, {width}]."
             problems.append(Problem("another shape or dtype", detail))
             continue
@@ -284,4 +301,17 @@ def _problems_of_values(states: dict[str, object], last_state: Tensor, spec: Sam
         )
         advice = "Use the verifier the file was made with, or regenerate it as v1."
         return [Problem("a last state that is not normed", detail, advice)]
+    return []
+
+
+def _problems_of_all_values(sample: Sample) -> list[Problem]:
+    states = (*sample.aux_states, sample.last_state)
+    for number, state in enumerate(states):
+        # Smallest and largest value carry every NaN and Inf; isfinite on all of it would take fifty times as long.
+        if bool(torch.isfinite(torch.stack(state.aminmax())).all()):
+            continue
+        bad = ~torch.isfinite(state).all(dim=1)
+        name = "the last hidden state" if number == len(states) - 1 else f"auxiliary state {number}"
+        where = f"at {int(bad.sum())} of {len(bad)} tokens, first at token {int(bad.int().argmax())}"
+        return [Problem("NaN or Inf", f"{name} has NaN or Inf {where}; all states must be finite.")]
     return []

@@ -9,13 +9,15 @@ import ray
 
 from eagle3_ray.config import TrainSettings
 from eagle3_ray.console import say
-from eagle3_ray.data.index import SampleIndex, build_index, split_index
+from eagle3_ray.data.index import SampleIndex, split_index
 from eagle3_ray.data.packing import BinSchedule, PackingPlan, plan_bins
 from eagle3_ray.data.pipeline import BinSource
+from eagle3_ray.data.quarantine import Quarantine
 from eagle3_ray.data.samples import SampleSpec
 from eagle3_ray.data.vocab import VocabMapping, write_mapping
 from eagle3_ray.errors import DataError
 from eagle3_ray.jobs.cluster import WorkerRequest, check_shared_memory
+from eagle3_ray.jobs.samples import choose_samples
 from eagle3_ray.jobs.vocab_mapping import resolve_mapping
 from eagle3_ray.model.config import DraftConfig, build_draft_config
 from eagle3_ray.model.verifier import VerifierInfo, load_final_norm
@@ -33,6 +35,7 @@ def decide_job(
     checkpoint: CommittedCheckpoint | None,
     channel: Channel,
     laps: Laps,
+    quarantine: Quarantine,
 ) -> TrainJob:
     """Read the samples' index, the mapping and the plan, and fix everything a rank needs to know."""
     aux_layer_ids = resolve_aux_layer_ids(settings, verifier)
@@ -47,9 +50,9 @@ def decide_job(
     if settings.pack_in == "task":
         state_bytes = 2 * spec.hidden_size * (spec.num_aux_layers + 1)  # of a token, in bf16
         check_shared_memory(settings.total_seq_len * state_bytes)
-    index = build_index(str(settings.data_path), spec)
+    index = choose_samples(settings, spec, checkpoint, quarantine)
     laps.end("index")
-    mapping = resolve_and_write_mapping(settings, verifier)
+    mapping = resolve_and_write_mapping(settings, verifier, quarantine.paths)
     train_index, validation_index = split_index(index, settings.train_frac, settings.seed)
     plan, validation_plan = plan_samples(train_index, settings), plan_samples(validation_index, settings)
     if not plan.bins:
@@ -62,14 +65,14 @@ def decide_job(
         num_workers=workers.num_workers,
         epochs=settings.epochs,
     )
-    has_validation = len(validation_plan.bins) > 0
+    has_validation, left_out = len(validation_plan.bins) > 0, quarantine.left_out_of_bins
     return TrainJob(
         settings=settings,
         verifier=verifier,
         draft_config=draft_config,
         mapping=mapping,
-        train_source=ray.put(BinSource(spec, train_index, plan, settings.seed)),
-        validation_source=ray.put(BinSource(spec, validation_index, validation_plan, settings.seed))
+        train_source=ray.put(BinSource(spec, train_index, plan, settings.seed, left_out)),
+        validation_source=ray.put(BinSource(spec, validation_index, validation_plan, settings.seed, left_out))
         if has_validation
         else None,
         schedule=schedule,
@@ -124,9 +127,11 @@ def read_recorded_layer_ids(data_path: StoragePath) -> tuple[int, ...] | None:
     return ids
 
 
-def resolve_and_write_mapping(settings: TrainSettings, verifier: VerifierInfo) -> VocabMapping:
+def resolve_and_write_mapping(
+    settings: TrainSettings, verifier: VerifierInfo, leave_out: frozenset[str]
+) -> VocabMapping:
     """Return the vocabulary mapping; one that was computed is written to its paths if nothing lies there."""
-    mapping = resolve_mapping(settings, verifier.vocab_size)
+    mapping = resolve_mapping(settings, verifier.vocab_size, leave_out)
     if not settings.d2t_path.exists() and not settings.t2d_path.exists():
         write_mapping(mapping, str(settings.d2t_path), str(settings.t2d_path))
         say(f"draft vocabulary of {len(mapping.kept_ids):,} written to {settings.d2t_path} and {settings.t2d_path}")

@@ -13,6 +13,7 @@ from eagle3_ray import BEGAN_S
 from eagle3_ray.background import in_background
 from eagle3_ray.config import TrainSettings
 from eagle3_ray.console import say
+from eagle3_ray.data.quarantine import Quarantine
 from eagle3_ray.jobs.cluster import check_outlives_job, choose_workers, ray_session
 from eagle3_ray.model.verifier_name import absolute_name
 from eagle3_ray.settings_file import write_run_yaml
@@ -23,6 +24,7 @@ from eagle3_ray.training.progress import ProgressBoard
 from eagle3_ray.training.ray_snapshot import mend_snapshot
 from eagle3_ray.training.run_folder import (
     BEST,
+    QUARANTINE,
     RAY_SNAPSHOT,
     RUN_YAML,
     CommittedCheckpoint,
@@ -73,14 +75,21 @@ def train_draft(settings: TrainSettings, laps: Laps) -> None:
         check_outlives_job(settings.log_dir, "--log-dir")
     with told_where_to_go_on(settings):
         verifier = in_background(functools.partial(read_verifier, settings.verifier_name_or_path), "verifier")
+        quarantine = Quarantine(
+            settings.save_path / QUARANTINE,
+            str(settings.data_path),
+            settings.data_format_version,
+            settings.max_bad_frac,
+        )
         check_writable(settings.save_path)
         with (
             hold_run(settings.save_path),
             ray_session(job_metadata=describe_job(settings)),
-            ProgressBoard(laps) as board,
+            ProgressBoard(laps, quarantine) as board,
         ):
             laps.end("Ray")
-            job = carry_out(settings, verifier, board.channel, laps)
+            job = carry_out(settings, verifier, board.channel, laps, quarantine)
+        quarantine.check()
     best = settings.save_path / BEST
     chosen = follow_best(best)
     say(
@@ -98,18 +107,25 @@ def read_verifier(name_or_path: str) -> "VerifierInfo":
     return read_verifier_config(name_or_path)
 
 
-def carry_out(settings: TrainSettings, reading: "Future[VerifierInfo]", channel: Channel, laps: Laps) -> "TrainJob":
+def carry_out(
+    settings: TrainSettings,
+    reading: "Future[VerifierInfo]",
+    channel: Channel,
+    laps: Laps,
+    quarantine: Quarantine,
+) -> "TrainJob":
     """Decide the run, and do what is left of it. Errors as in `train_draft`."""
     verifier = reading.result()
     laps.end("verifier")
     from eagle3_ray.jobs.decide import decide_job
     from eagle3_ray.jobs.fit import fit
+    from eagle3_ray.jobs.samples import record_samples
     from eagle3_ray.training.disk_space import checkpoint_bytes
 
     laps.end("imports")
     workers = choose_workers(settings.num_workers, settings.use_gpu)
     checkpoint = open_run_folder(settings)
-    job = decide_job(settings, verifier, workers, checkpoint, channel, laps)
+    job = decide_job(settings, verifier, workers, checkpoint, channel, laps, quarantine)
     if checkpoint is not None:
         check_same_run(checkpoint, job.identity)
         text = f"going on from {checkpoint.path} (step {checkpoint.step} of {job.stop_step})"
@@ -117,6 +133,7 @@ def carry_out(settings: TrainSettings, reading: "Future[VerifierInfo]", channel:
     if checkpoint is None or not job.is_complete(checkpoint):
         clear_run_folder(settings, checkpoint_bytes(job.draft_config, workers.num_workers))
         write_run_yaml(settings, settings.save_path / RUN_YAML)
+        record_samples(job, quarantine, is_new=checkpoint is None)
         laps.end("plan")
         stopped_by = fit(job, workers)
         saved = latest_committed(settings.save_path)

@@ -88,7 +88,7 @@ def describe_mapping(mapping: VocabMapping, counts: NDArray[np.int64]) -> str:
     )
 
 
-def resolve_mapping(settings: TrainSettings, vocab_size: int) -> VocabMapping:
+def resolve_mapping(settings: TrainSettings, vocab_size: int, leave_out: frozenset[str] = frozenset()) -> VocabMapping:
     """Return the mapping a training run uses: from its files, else computed by a Ray task before any worker starts.
 
     A frequency file that is named is what the user wants counted by; it goes before mapping files.
@@ -96,6 +96,7 @@ def resolve_mapping(settings: TrainSettings, vocab_size: int) -> VocabMapping:
     Args:
         settings: paths of mapping, frequencies and samples; absolute if Ray runs on other machines.
         vocab_size: W.
+        leave_out: relative paths of samples not to count.
 
     Raises:
         VocabMappingError: Only one mapping file is there, or files do not fit each other, the verifier or the flags.
@@ -110,6 +111,7 @@ def resolve_mapping(settings: TrainSettings, vocab_size: int) -> VocabMapping:
         settings.token_freq_path,
         settings.data_path,
         settings.data_format_version,
+        leave_out,
     )
 
 
@@ -119,6 +121,7 @@ def compute_mapping(
     token_freq_path: StoragePath | None,
     data_path: StoragePath,
     data_format_version: int,
+    leave_out: frozenset[str] = frozenset(),
 ) -> VocabMapping:
     """Compute the mapping in a Ray task, which counts the samples in tasks of its own if no frequency file is named.
 
@@ -130,6 +133,7 @@ def compute_mapping(
         token_freq_path: counts; None counts the samples.
         data_path: folder of samples.
         data_format_version: of the samples, 0 or 1.
+        leave_out: relative paths of samples not to count.
 
     Raises:
         VocabMappingError: The frequency file cannot be used, no token is supervised, or V is more than W.
@@ -137,7 +141,7 @@ def compute_mapping(
     """
     counts = None if token_freq_path is None else read_token_freq(str(token_freq_path), vocab_size)
     task = compute_vocab_mapping_task.remote(
-        vocab_size, draft_vocab_size, counts, str(data_path.absolute()), data_format_version
+        vocab_size, draft_vocab_size, counts, str(data_path.absolute()), data_format_version, leave_out
     )
     try:
         mapping: VocabMapping = ray.get(task)
@@ -156,10 +160,11 @@ def compute_vocab_mapping_task(
     counts: NDArray[np.int64] | None,
     data_path: str,
     data_format_version: int,
+    leave_out: frozenset[str],
 ) -> VocabMapping:
     """Count the samples if there are no counts yet, and choose. Arguments and errors as in `compute_mapping`."""
     if counts is None:
-        counts = count_supervised_tokens(data_path, data_format_version, vocab_size)
+        counts = count_supervised_tokens(data_path, data_format_version, vocab_size, leave_out)
     return choose_counted(counts, draft_vocab_size, data_path)
 
 

@@ -7,8 +7,10 @@ from typing import Any
 import ray
 
 from eagle3_ray.config import TrainSettings
+from eagle3_ray.data.bad_files import BadFile
 from eagle3_ray.data.packing import BinSchedule
 from eagle3_ray.data.pipeline import BinSource
+from eagle3_ray.data.samples import raise_bad_file
 from eagle3_ray.data.vocab import VocabMapping
 from eagle3_ray.model.config import DraftConfig
 from eagle3_ray.model.verifier import VerifierInfo
@@ -51,6 +53,16 @@ class TrainJob:
     def save_dir(self) -> StoragePath:
         """The run folder."""
         return self.settings.save_path
+
+    def leave_out_bad_file(self, file: BadFile) -> None:
+        """Have a file that has gone bad left out, of which the driver takes note; or end the run.
+
+        Raises:
+            SampleFormatError: The run has no place for bad files.
+        """
+        if self.settings.on_bad_sample == "fail":
+            raise_bad_file(file)
+        self.channel.tell(file)
 
     def owes_validation(self, checkpoint: CommittedCheckpoint) -> bool:
         """Tell whether a run was stopped at the end of an epoch, before its validation: that comes first now."""

@@ -88,7 +88,17 @@ def iter_bins(
         device=settings.device,
     )
     is_gpu, pack_in = settings.device.type == "cuda", rank.job.settings.pack_in
-    items = iter_step_bins(shard, source, schedule, rank.number, steps, pack_in, prepare, pin_memory=is_gpu)
+    items = iter_step_bins(
+        shard,
+        source,
+        schedule,
+        rank.number,
+        steps,
+        pack_in,
+        prepare,
+        leave_out=rank.job.leave_out_bad_file,
+        pin_memory=is_gpu,
+    )
     return watched(rank, items, validates=source is rank.validation_source)
 
 

@@ -16,6 +16,8 @@ from ray.exceptions import RayActorError
 from tqdm import tqdm
 
 from eagle3_ray.console import say, speaks_json
+from eagle3_ray.data.bad_files import BadFile
+from eagle3_ray.data.quarantine import Quarantine
 from eagle3_ray.training.channel import Channel, open_channel
 from eagle3_ray.training.startup import FirstStep, Laps, add_up, describe_startup
 
@@ -48,11 +50,12 @@ class ProgressBoard:
 
     Args:
         laps: The driver's own part of the time until the first step.
+        quarantine: What the run leaves out.
     """
 
-    def __init__(self, laps: Laps) -> None:
+    def __init__(self, laps: Laps, quarantine: Quarantine) -> None:
         self.channel: Channel = open_channel()
-        self._laps = laps
+        self._laps, self._quarantine = laps, quarantine
         self._shows_startup = True
         self._draws = sys.stderr.isatty() and not speaks_json()
         self._bar: tqdm[Any] | None = None
@@ -76,6 +79,8 @@ class ProgressBoard:
         while (item := self._next_item()) is not None:
             if isinstance(item, Note):
                 self._show_note(item)
+            elif isinstance(item, BadFile):
+                self._leave_out(item)
             elif isinstance(item, FirstStep):
                 self._show_startup(item)
             elif self._draws:
@@ -83,9 +88,9 @@ class ProgressBoard:
             else:
                 self._write_step(item)
 
-    def _next_item(self) -> StepProgress | Note | FirstStep | None:
+    def _next_item(self) -> StepProgress | Note | BadFile | FirstStep | None:
         try:
-            item: StepProgress | Note | FirstStep | None = self.channel.take()
+            item: StepProgress | Note | BadFile | FirstStep | None = self.channel.take()
         except RayActorError:
             return None
         return item
@@ -96,6 +101,17 @@ class ProgressBoard:
             sys.stdout.flush()
         else:
             say(note.text, note.event, **note.fields)
+
+    def _leave_out(self, told: BadFile) -> None:
+        """Take note of a file that a rank found bad; once there are too many, have the ranks save and stop."""
+        file = self._quarantine.leave_out(told)
+        if file is None:
+            return  # another rank, or an earlier pass, has told of it
+        self._quarantine.append(file)
+        text = f"left out: {file.path} {' '.join(file.text.split())}"
+        self._show_note(Note(text, "bad_sample", {"path": file.path, "kinds": list(file.kinds), "text": file.text}))
+        if self._quarantine.must_end_run:
+            self.channel.order_stop()
 
     def _show_startup(self, item: FirstStep) -> None:
         if self._shows_startup:  # not of workers that were started again

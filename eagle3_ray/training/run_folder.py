@@ -6,6 +6,8 @@
                                store, which has no links, an object that holds the name "1"
       run.yaml                 the resolved settings
       initial_metrics.json     validation of the untrained draft
+      samples.parquet          what the plan was made of
+      quarantine.jsonl         files that are left out
       run.lock                 locked by the driver while it lives (`run_lock.py`)
 
 A folder counts as a checkpoint only once COMMITTED is in it. Half-written ones are never resumed from; their
@@ -26,7 +28,8 @@ from eagle3_ray.errors import CheckpointError
 from eagle3_ray.storage import ObjectPath, StoragePath, list_objects, remove_tree, write_atomically
 
 COMMITTED, RECORD, STATE, BEST, RUN_YAML = "COMMITTED", "run.json", "state", "best", "run.yaml"
-INITIAL_METRICS, LOCK = "initial_metrics.json", "run.lock"
+INITIAL_METRICS, SAMPLES, QUARANTINE = "initial_metrics.json", "samples.parquet", "quarantine.jsonl"
+LOCK = "run.lock"
 BEST_METRIC = "val/expected_tokens"
 RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 LOGGER_RUN_ID = "logger_run_id.txt"
@@ -210,7 +213,7 @@ def remove_run(save_dir: StoragePath) -> list[StoragePath]:
     best = save_dir / BEST
     if isinstance(best, ObjectPath) or best.is_symlink():
         best.unlink(missing_ok=True)
-    for name in (RUN_YAML, INITIAL_METRICS, LOGGER_RUN_ID, *RAY_FILES):
+    for name in (RUN_YAML, INITIAL_METRICS, SAMPLES, QUARANTINE, LOGGER_RUN_ID, *RAY_FILES):
         (save_dir / name).unlink(missing_ok=True)
     for folder in find_own_folders(save_dir):
         remove_checkpoint(folder)

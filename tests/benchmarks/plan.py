@@ -99,7 +99,7 @@ def measure_plan(num_samples: int) -> tuple[BinSource, dict[str, object]]:
 def measure_cache(folder: str, source: BinSource) -> dict[str, object]:
     """Write the facts of the source's files, and read them."""
     stamps = [FileStamp(number, number) for number in range(len(source.index.paths))]
-    facts = [FileFacts(True, tokens, tokens // 2) for tokens in source.index.num_tokens.tolist()]
+    facts = [FileFacts(True, tokens, tokens // 2, False) for tokens in source.index.num_tokens.tolist()]
     files = dict(zip(source.index.paths, zip(stamps, facts, strict=True), strict=True))
     _, write_s = timed(lambda: write_index_cache(folder, SPEC, files))
     before = held_bytes()

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eagle3_ray.data import index as index_module
-from eagle3_ray.data.folder import BadFiles, list_sample_files
+from eagle3_ray.data.bad_files import BadFile, BadFiles
+from eagle3_ray.data.folder import list_sample_files
 from eagle3_ray.data.index import SampleIndex, build_index, count_supervised_tokens, split_index
 from eagle3_ray.data.index_cache import CACHE_DIR
-from eagle3_ray.data.sample_file import Problem
 from eagle3_ray.errors import DataError
 from tests.makers import BAD_FILES, VOCAB_SIZE, make_content, make_spec, write_bad_file, write_sample, write_samples
 
@@ -120,9 +120,8 @@ def test_report_of_bad_files_does_not_depend_on_the_order_of_tasks() -> None:
     parts = []
     for number in range(60):
         part = BadFiles()
-        part.add_file(
-            f"{number:02}.pt", [Problem("empty" if number % 3 else "a v0 sample", f"is bad in way {number}.")]
-        )
+        kind = "empty" if number % 3 else "a v0 sample"
+        part.add_file(BadFile(f"{number:02}.pt", (kind,), f"is bad in way {number}."))
         parts.append(part)
     texts = []
     for order in (parts, parts[::-1], parts[30:] + parts[:30]):
@@ -137,7 +136,7 @@ def test_report_of_bad_files_does_not_depend_on_the_order_of_tasks() -> None:
         "/data: 60 of 100 .pt files are not usable v1 samples.",
         "       40  empty",
         "       20  a v0 sample",
-        "  00.pt: is bad in way 0. Regenerate the file or move it away.",
+        "  00.pt: is bad in way 0.",
     ]
     assert "  19.pt: is bad in way 19." in texts[0] and "20.pt:" not in texts[0] and "... and 40 more." in texts[0]
 

@@ -44,11 +44,13 @@ def test_samples_from_a_task_pack_like_those_read_here(
     for length in LENGTHS:
         write_sample(tmp_path / f"{length}.pt", length, version, seed=length, dtype=dtype)
         files = [IndexedFile(str(tmp_path / f"{length}.pt"), length)]
-        arrived, num_pickled = through_the_store(read_arrays(files, spec, total_seq_len))
+        arrays, bad_files = read_arrays(files, spec, total_seq_len)
+        arrived, num_pickled = through_the_store(arrays)
+        assert bad_files == []
         assert num_pickled < 2000  # the states went beside it
         assert all(len(state) == min(length, total_seq_len + 1) for state in arrived[0].states)
         expected = pack_samples(read_samples(files, spec), total_seq_len, spec)
-        found = pack_samples([to_sample(arrays) for arrays in arrived], total_seq_len, spec)
+        found = pack_samples([to_sample(sample) for sample in arrived], total_seq_len, spec)
         assert found.num_tokens == expected.num_tokens
         for name in TENSORS:
             tensor, wanted = found.__dict__[name], expected.__dict__[name]

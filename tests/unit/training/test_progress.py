@@ -5,12 +5,15 @@ import json
 import queue
 import sys
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 
 from eagle3_ray import console
+from eagle3_ray.data.bad_files import BadFile
+from eagle3_ray.data.quarantine import Quarantine
 from eagle3_ray.training import progress
 from eagle3_ray.training.channel import Channel
 from eagle3_ray.training.progress import (
@@ -23,6 +26,7 @@ from eagle3_ray.training.progress import (
 )
 from eagle3_ray.training.startup import FirstStep, Laps
 
+NONE_LEFT_OUT = Quarantine(Path("quarantine.jsonl"), "/data", 1, 0.0)
 METRICS = {
     "train/loss": 3.14159,
     "train/loss_0": 1.0,
@@ -59,7 +63,10 @@ class Stream(io.StringIO):
 
 
 def show(
-    monkeypatch: pytest.MonkeyPatch, is_terminal: bool, *items: StepProgress | Note | FirstStep
+    monkeypatch: pytest.MonkeyPatch,
+    is_terminal: bool,
+    *items: StepProgress | Note | FirstStep | BadFile,
+    quarantine: Quarantine = NONE_LEFT_OUT,
 ) -> tuple[str, str]:
     """What stdout and stderr show of these items."""
     stdout, stderr = Stream(is_terminal), Stream(is_terminal)
@@ -67,7 +74,7 @@ def show(
         patched.setattr(progress, "open_channel", FakeChannel)
         patched.setattr(sys, "stdout", stdout)
         patched.setattr(sys, "stderr", stderr)
-        with ProgressBoard(Laps()) as board:
+        with ProgressBoard(Laps(), quarantine) as board:
             for item in items:
                 board.channel.tell(item)
         channel: Any = board.channel
@@ -110,6 +117,25 @@ def test_elsewhere_there_is_a_line_at_the_first_step_and_each_note(monkeypatch: 
     stdout, stderr = show(monkeypatch, False, *STEPS[:2], NOTES[0], STEPS[2], NOTES[1])
     assert stdout == f"{FIRST_LINE}\nepoch 1/2  saved /run/0\nepoch 2/2  saved /run/1\n"
     assert stderr == ""
+
+
+@pytest.mark.parametrize("is_json", [False, True])
+def test_a_file_left_out_is_told_once_in_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, is_json: bool) -> None:
+    quarantine = Quarantine(tmp_path / "quarantine.jsonl", "/data", 1, 0.5)
+    quarantine.begin(10, [])
+    told = BadFile("/data/a.pt", ("empty",), "is empty.\n  Move it away.")
+    console.use_log_format("json" if is_json else "text")
+    try:
+        stdout, _ = show(monkeypatch, False, told, told, quarantine=quarantine)
+    finally:
+        console.use_log_format("text")
+    if is_json:
+        (line,) = stdout.splitlines()
+        expected = {"event": "bad_sample", "path": "a.pt", "kinds": ["empty"], "text": told.text}
+        assert json.loads(line).items() >= expected.items()
+    else:
+        assert stdout == "left out: a.pt is empty. Move it away.\n"
+    assert len((tmp_path / "quarantine.jsonl").read_text().splitlines()) == 1
 
 
 class Clock:
@@ -178,7 +204,7 @@ def tell(channel: Channel, items: list[StepProgress | Note]) -> None:
 @pytest.mark.usefixtures("ray_cluster")
 def test_what_a_ray_worker_tells_is_shown_by_the_driver(capfd: pytest.CaptureFixture[str]) -> None:
     lines = [f"line {number}" for number in range(200)]
-    with ProgressBoard(Laps()) as board:
+    with ProgressBoard(Laps(), NONE_LEFT_OUT) as board:
         ray.get(tell.remote(board.channel, [of_step(0, 10), *map(Note, lines)]))
     # Read once nothing is written any more: a capture that is read meanwhile loses text.
     assert capfd.readouterr().out.splitlines() == [FIRST_LINE, *lines]  # all of them, in the order they were told in
