@@ -236,6 +236,12 @@ class TrainSettings(
         return self
 
 
+class DoctorSettings(TrainSettings):
+    """Check all that train needs, without training, and tell what it would do."""
+
+    time_steps: int = Field(0, ge=0, description="Steps to time on this machine, with one bin of the plan; 0: none.")
+
+
 class VocabMappingSettings(OutputSettings):
     """Choose the draft's vocabulary from token counts and write d2t.npy and t2d.npy."""
 
@@ -336,6 +342,7 @@ VERBS: dict[str, type[Settings]] = {
     "generate": GenerateSettings,
     "vocab-mapping": VocabMappingSettings,
     "train": TrainSettings,
+    "doctor": DoctorSettings,
     "export": ExportSettings,
     "demo": DemoSettings,
 }

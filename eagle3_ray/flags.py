@@ -101,14 +101,25 @@ def flags_of(settings_class: type[Settings]) -> dict[str, Flag]:
     return {flag.field: flag for group in flag_groups(settings_class) for flag in group.flags}
 
 
+def extended_verb(verb: str) -> str | None:
+    """Return the verb whose flags this one has too, if there is one: `train` of `doctor`."""
+    above = VERBS[verb].__mro__[1:]
+    return next((other for other, settings_class in VERBS.items() if settings_class in above), None)
+
+
 def flags_table(verb: str) -> str:
-    """Return the Markdown tables of a verb's flags: one, or one a section."""
+    """Return the Markdown tables of a verb's flags: one, or one a section; without those of the verb it extends."""
     parts = []
+    extended = extended_verb(verb)
+    told_there = VERBS[extended].model_fields if extended else {}
     for group in flag_groups(VERBS[verb]):
+        flags = [flag for flag in group.flags if flag.field not in told_there]
+        if not flags:
+            continue
         if group.title:
             parts.append(f"**{group.title.capitalize()}.** {group.meaning}\n")
         parts.append("| Flag | Default | Meaning |\n| --- | --- | --- |")
-        parts.extend(_table_row(flag) for flag in group.flags)
+        parts.extend(_table_row(flag) for flag in flags)
         parts.append("")
     return "\n".join(parts).rstrip("\n")
 

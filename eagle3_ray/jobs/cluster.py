@@ -90,12 +90,19 @@ def _start_local(num_cpus: int) -> None:
             f"no local Ray with {num_cpus} CPUs could be started ({_first_line(error)}). "
             "Look into /tmp/ray/session_latest/logs."
         ) from error
-    store_bytes = cluster_resources()["object_store_memory"]
-    if free_bytes is not None and free_bytes < store_bytes:
-        warn(
-            f"{SHARED_MEMORY} has {_in_mib(free_bytes)} free, Ray's object store takes {_in_mib(store_bytes)}: it is "
-            f"on disk now, and slow. In a container, pass --shm-size {_in_gib(store_bytes)}."
-        )
+    slow_store = describe_slow_store(free_bytes, cluster_resources()["object_store_memory"])
+    if slow_store is not None:
+        warn(slow_store)
+
+
+def describe_slow_store(free_bytes: int | None, store_bytes: float) -> str | None:
+    """Return why a node's object store is slow and what to do, or None if it is not."""
+    if free_bytes is None or free_bytes >= store_bytes:
+        return None
+    return (
+        f"{SHARED_MEMORY} has {_in_mib(free_bytes)} free, Ray's object store takes {_in_mib(store_bytes)}: it is "
+        f"on disk now, and slow. In a container, pass --shm-size {_in_gib(store_bytes)}."
+    )
 
 
 def _join(address: str, job_metadata: dict[str, str]) -> None:
@@ -205,14 +212,14 @@ def check_workers_fit(num_workers: int, use_gpu: bool, cpus_per_worker: int) -> 
     asked_cpus = num_workers * cpus_per_worker + CPUS_FOR_TASKS
     asked = f"{asked_cpus} CPUs ({cpus_per_worker} each and {CPUS_FOR_TASKS} for the tasks that feed them)"
     if use_gpu:
-        asked += f" and {_counted(num_workers, 'GPU')} (1 each)"
+        asked += f" and {counted(num_workers, 'GPU')} (1 each)"
     advice = [f"--num-workers {most}" if most == 1 else f"--num-workers {most} or fewer"] if most > 0 else []
     if use_gpu and num_gpus < num_workers:
         advice.append("--no-use-gpu")
     pass_flags = f"Pass {' or '.join(advice)}, or add" if advice else "Add"
     message = (
-        f"{_counted(num_workers, 'worker')} would take {asked}; the cluster has {_counted(num_cpus, 'CPU')} and "
-        f"{_counted(num_gpus, 'GPU')} on {_counted(len(nodes), 'node')}. {pass_flags} nodes to the cluster."
+        f"{counted(num_workers, 'worker')} would take {asked}; the cluster has {counted(num_cpus, 'CPU')} and "
+        f"{counted(num_gpus, 'GPU')} on {counted(len(nodes), 'node')}. {pass_flags} nodes to the cluster."
     )
     if use_gpu and num_gpus == 0:
         message += " A container sees GPUs only with `docker run --gpus all`, and a pod with a limit on nvidia.com/gpu."
@@ -250,5 +257,6 @@ def _num_workers_on(node: dict[str, float], use_gpu: bool, cpus_per_worker: int)
     return min(by_cpu, int(node.get("GPU", 0))) if use_gpu else by_cpu
 
 
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+def counted(number: int, noun: str) -> str:
+    """Return a number of things as it is read: `1 worker`, `2 workers`."""
+    return f"{number} {noun}" if number == 1 else f"{number:,} {noun}s"

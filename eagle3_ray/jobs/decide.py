@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 
@@ -17,7 +17,7 @@ from eagle3_ray.data.samples import SampleSpec
 from eagle3_ray.data.vocab import VocabMapping, write_mapping
 from eagle3_ray.errors import DataError
 from eagle3_ray.jobs.cluster import WorkerRequest, check_shared_memory
-from eagle3_ray.jobs.samples import choose_samples
+from eagle3_ray.jobs.samples import choose_samples, tell_left_out
 from eagle3_ray.jobs.vocab_mapping import resolve_mapping
 from eagle3_ray.model.config import DraftConfig, build_draft_config
 from eagle3_ray.model.verifier import VerifierInfo, load_final_norm
@@ -39,32 +39,16 @@ def decide_job(
 ) -> TrainJob:
     """Read the samples' index, the mapping and the plan, and fix everything a rank needs to know."""
     aux_layer_ids = resolve_aux_layer_ids(settings, verifier)
-    spec = SampleSpec(
-        data_format_version=settings.data_format_version,
-        hidden_size=verifier.hidden_size,
-        num_aux_layers=len(aux_layer_ids),
-        vocab_size=verifier.vocab_size,
-        final_norm_weight=load_final_norm(verifier).float(),
-        rms_norm_eps=verifier.rms_norm_eps,
-    )
-    if settings.pack_in == "task":
-        state_bytes = 2 * spec.hidden_size * (spec.num_aux_layers + 1)  # of a token, in bf16
-        check_shared_memory(settings.total_seq_len * state_bytes)
+    spec = resolve_sample_spec(settings, verifier, aux_layer_ids)
+    check_bins_fit(settings, verifier, aux_layer_ids)
     index = choose_samples(settings, spec, checkpoint, quarantine)
+    tell_left_out(quarantine)
     laps.end("index")
     mapping = resolve_and_write_mapping(settings, verifier, quarantine.paths)
-    train_index, validation_index = split_index(index, settings.train_frac, settings.seed)
-    plan, validation_plan = plan_samples(train_index, settings), plan_samples(validation_index, settings)
-    if not plan.bins:
-        raise DataError(f"{settings.data_path}: no training sample has a supervised token. Check the loss masks.")
+    train_index, validation_index, plan, validation_plan = plan_split(index, settings)
     describe_data(index, plan, validation_plan)
     draft_config = build_draft_config(verifier, settings, len(mapping.draft_to_verifier_offset), aux_layer_ids)
-    schedule = BinSchedule(
-        num_bins=len(plan.bins),
-        bins_per_step=settings.bins_per_step or saved_bins_per_step(checkpoint) or workers.num_workers,
-        num_workers=workers.num_workers,
-        epochs=settings.epochs,
-    )
+    schedule = build_schedule(settings, plan, workers, checkpoint)
     has_validation, left_out = len(validation_plan.bins) > 0, quarantine.left_out_of_bins
     return TrainJob(
         settings=settings,
@@ -79,10 +63,29 @@ def decide_job(
         validation_schedule=BinSchedule(len(validation_plan.bins), workers.num_workers, workers.num_workers, 1)
         if has_validation
         else None,
-        stop_step=min(schedule.total_steps, settings.max_steps or schedule.total_steps),
+        stop_step=resolve_stop_step(settings, schedule),
         identity=run_identity(settings, draft_config, mapping, plan, schedule),
         channel=channel,
     )
+
+
+def resolve_sample_spec(settings: TrainSettings, verifier: VerifierInfo, aux_layer_ids: tuple[int, ...]) -> SampleSpec:
+    """Return what the samples must look like. Errors as in `load_final_norm`."""
+    return SampleSpec(
+        data_format_version=settings.data_format_version,
+        hidden_size=verifier.hidden_size,
+        num_aux_layers=len(aux_layer_ids),
+        vocab_size=verifier.vocab_size,
+        final_norm_weight=load_final_norm(verifier).float(),
+        rms_norm_eps=verifier.rms_norm_eps,
+    )
+
+
+def check_bins_fit(settings: TrainSettings, verifier: VerifierInfo, aux_layer_ids: tuple[int, ...]) -> None:
+    """Refuse to send bins through an object store that could not hold one. Errors as in `check_shared_memory`."""
+    if settings.pack_in == "task":
+        state_bytes = 2 * verifier.hidden_size * (len(aux_layer_ids) + 1)  # of a token, in bf16
+        check_shared_memory(settings.total_seq_len * state_bytes)
 
 
 def resolve_aux_layer_ids(settings: TrainSettings, verifier: VerifierInfo) -> tuple[int, ...]:
@@ -138,6 +141,28 @@ def resolve_and_write_mapping(
     return mapping
 
 
+class SplitPlan(NamedTuple):
+    """The samples trained on and those validated on, and how each of the two is packed."""
+
+    train_index: SampleIndex
+    validation_index: SampleIndex
+    plan: PackingPlan
+    validation_plan: PackingPlan
+
+
+def plan_split(index: SampleIndex, settings: TrainSettings) -> SplitPlan:
+    """Split the samples and pack both parts.
+
+    Raises:
+        DataError: There is nothing to train on.
+    """
+    train_index, validation_index = split_index(index, settings.train_frac, settings.seed)
+    plan, validation_plan = plan_samples(train_index, settings), plan_samples(validation_index, settings)
+    if not plan.bins:
+        raise DataError(f"{settings.data_path}: no training sample has a supervised token. Check the loss masks.")
+    return SplitPlan(train_index, validation_index, plan, validation_plan)
+
+
 def plan_samples(index: SampleIndex, settings: TrainSettings) -> PackingPlan:
     """Pack one part of the split."""
     return plan_bins(index.num_tokens, index.num_supervised, settings.total_seq_len, settings.seed)
@@ -161,6 +186,23 @@ def describe_data(index: SampleIndex, plan: PackingPlan, validation_plan: Packin
         say(f"  {num_dropped:,} samples have no supervised token and are left out")
     if num_cut:
         say(f"  {num_cut:,} samples are longer than a bin and are cut at {plan.total_seq_len:,} tokens")
+
+
+def build_schedule(
+    settings: TrainSettings, plan: PackingPlan, workers: WorkerRequest, checkpoint: CommittedCheckpoint | None
+) -> BinSchedule:
+    """Return which worker computes which training bin when."""
+    return BinSchedule(
+        num_bins=len(plan.bins),
+        bins_per_step=settings.bins_per_step or saved_bins_per_step(checkpoint) or workers.num_workers,
+        num_workers=workers.num_workers,
+        epochs=settings.epochs,
+    )
+
+
+def resolve_stop_step(settings: TrainSettings, schedule: BinSchedule) -> int:
+    """Return the updates after which the run ends, or pauses."""
+    return min(schedule.total_steps, settings.max_steps or schedule.total_steps)
 
 
 def saved_bins_per_step(checkpoint: CommittedCheckpoint | None) -> int | None:

@@ -50,15 +50,23 @@ def choose_samples(
             quarantine.leave_out(file)
         quarantine.check()
         index = planned
+    return index
+
+
+def tell_left_out(quarantine: Quarantine) -> None:
+    """Tell the user how many files are left out, if any."""
     if quarantine.paths:
         say(
-            f"{len(quarantine.paths):,} of {quarantine.num_files:,} .pt files are no usable samples and left out; "
-            f"{quarantine.path} lists them",
+            f"{describe_left_out(quarantine)}; {quarantine.path} lists them",
             "bad_samples",
             files=len(quarantine.paths),
             path=str(quarantine.path),
         )
-    return index
+
+
+def describe_left_out(quarantine: Quarantine) -> str:
+    """Say how many files are left out."""
+    return f"{len(quarantine.paths):,} of {quarantine.num_files:,} .pt files are no usable samples and left out"
 
 
 def files_gone_bad(planned: SampleIndex, survey: Survey, known: frozenset[str]) -> list[BadFile]:

@@ -75,12 +75,7 @@ def train_draft(settings: TrainSettings, laps: Laps) -> None:
         check_outlives_job(settings.log_dir, "--log-dir")
     with told_where_to_go_on(settings):
         verifier = in_background(functools.partial(read_verifier, settings.verifier_name_or_path), "verifier")
-        quarantine = Quarantine(
-            settings.save_path / QUARANTINE,
-            str(settings.data_path),
-            settings.data_format_version,
-            settings.max_bad_frac,
-        )
+        quarantine = new_quarantine(settings)
         check_writable(settings.save_path)
         with (
             hold_run(settings.save_path),
@@ -98,6 +93,12 @@ def train_draft(settings: TrainSettings, laps: Laps) -> None:
         step=job.stop_step,
         best=str(chosen),
     )
+
+
+def new_quarantine(settings: TrainSettings) -> Quarantine:
+    """Return the run's list of files that are left out, empty yet."""
+    path = settings.save_path / QUARANTINE
+    return Quarantine(path, str(settings.data_path), settings.data_format_version, settings.max_bad_frac)
 
 
 def read_verifier(name_or_path: str) -> "VerifierInfo":

@@ -102,17 +102,26 @@ def resolve_mapping(settings: TrainSettings, vocab_size: int, leave_out: frozens
         VocabMappingError: Only one mapping file is there, or files do not fit each other, the verifier or the flags.
         DataError: The samples cannot be counted.
     """
-    has_files = settings.d2t_path.exists() or settings.t2d_path.exists()
-    if has_files and settings.token_freq_path is None:
+    if uses_mapping_files(settings):
         return read_mapping(str(settings.d2t_path), str(settings.t2d_path), vocab_size, settings.draft_vocab_size)
     return compute_mapping(
         vocab_size,
-        settings.draft_vocab_size or min(DEFAULT_DRAFT_VOCAB_SIZE, vocab_size),
+        chosen_vocab_size(settings, vocab_size),
         settings.token_freq_path,
         settings.data_path,
         settings.data_format_version,
         leave_out,
     )
+
+
+def uses_mapping_files(settings: TrainSettings) -> bool:
+    """Tell whether a run reads its mapping from files: one is there, and no counts are named to choose by anew."""
+    return settings.token_freq_path is None and (settings.d2t_path.exists() or settings.t2d_path.exists())
+
+
+def chosen_vocab_size(settings: TrainSettings, vocab_size: int) -> int:
+    """Return V of a mapping that is computed, for a verifier of W tokens."""
+    return settings.draft_vocab_size or min(DEFAULT_DRAFT_VOCAB_SIZE, vocab_size)
 
 
 def compute_mapping(

@@ -12,7 +12,9 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
+from eagle3_ray.config import TrainSettings
 from eagle3_ray.data.packing import BinSchedule
 from eagle3_ray.data.pipeline import BinSource
 from eagle3_ray.data.source import BinOrder
@@ -22,7 +24,7 @@ from eagle3_ray.metrics import LEFT_OUT_STEPS, TRAIN
 from eagle3_ray.model.draft import Eagle3Draft
 from eagle3_ray.model.initial import initial_weights
 from eagle3_ray.model.loss import TargetHead
-from eagle3_ray.model.verifier import VerifierTensors, load_verifier_tensors
+from eagle3_ray.model.verifier import VerifierInfo, VerifierTensors, load_verifier_tensors
 from eagle3_ray.storage import StoragePath, telling
 from eagle3_ray.training.checkpoint import restore_checkpoint
 from eagle3_ray.training.job import TrainJob
@@ -146,16 +148,8 @@ def start_rank(job: TrainJob) -> Rank:
         job=job,
         draft=draft,
         optimizer=optimizer,
-        target_head=build_target_head(job, tensors, device, compute_dtype),
-        settings=StepSettings(
-            num_ttt_steps=settings.ttt_steps,
-            loss_decay=settings.ttt_step_loss_decay,
-            noise_std=settings.noise_std,
-            seed=settings.seed,
-            max_grad_norm=settings.max_grad_norm,
-            device=device,
-            compute_dtype=compute_dtype,
-        ),
+        target_head=build_target_head(settings, job.verifier, job.mapping.kept_ids, tensors, device, compute_dtype),
+        settings=build_step_settings(settings, device, compute_dtype),
         train_source=train_source,
         validation_source=validation_source,
         meter=Meter(settings.ttt_steps, device),
@@ -210,15 +204,33 @@ def resolve_compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
+def build_step_settings(settings: TrainSettings, device: torch.device, compute_dtype: torch.dtype) -> StepSettings:
+    """Return what a step needs to know of the run's settings."""
+    return StepSettings(
+        num_ttt_steps=settings.ttt_steps,
+        loss_decay=settings.ttt_step_loss_decay,
+        noise_std=settings.noise_std,
+        seed=settings.seed,
+        max_grad_norm=settings.max_grad_norm,
+        device=device,
+        compute_dtype=compute_dtype,
+    )
+
+
 def build_target_head(
-    job: TrainJob, tensors: VerifierTensors, device: torch.device, compute_dtype: torch.dtype
+    settings: TrainSettings,
+    verifier: VerifierInfo,
+    kept_ids: Tensor,
+    tensors: VerifierTensors,
+    device: torch.device,
+    compute_dtype: torch.dtype,
 ) -> TargetHead:
     """Copy the kept rows of the verifier's head, and its final norm unless the samples are normed already (v0)."""
-    is_normed = job.settings.data_format_version == 0
+    is_normed = settings.data_format_version == 0
     return TargetHead(
-        weight=tensors.lm_head[job.mapping.kept_ids].to(device, compute_dtype),
+        weight=tensors.lm_head[kept_ids].to(device, compute_dtype),
         norm_weight=None if is_normed else tensors.final_norm.to(device, compute_dtype),
-        eps=job.verifier.rms_norm_eps,
+        eps=verifier.rms_norm_eps,
     )
 
 

@@ -165,8 +165,12 @@ def check_best_is_ours(save_dir: StoragePath) -> None:
         raise CheckpointError(f"{best}: expected the link this program makes, found a copy. Move it away.")
 
 
-def check_writable(save_dir: StoragePath) -> None:
+def check_writable(save_dir: StoragePath, flag: str = "--save-path") -> None:
     """Make the run folder, and write a file there once, so that hours of training are not for nothing.
+
+    Args:
+        save_dir: The run folder, or another that is written to.
+        flag: What names it.
 
     Raises:
         CheckpointError: It cannot be made, or not be written to.
@@ -179,8 +183,8 @@ def check_writable(save_dir: StoragePath) -> None:
         probe.unlink()
     except OSError as error:
         raise CheckpointError(
-            f"{save_dir}: cannot be written to ({error.strerror}). Choose another --save-path, or give the user that "
-            f"runs this (id {os.getuid()}) the right to write there."
+            f"{save_dir}: cannot be written to ({error.strerror}). Choose another {flag}, or give the user "
+            f"that runs this (id {os.getuid()}) the right to write there."
         ) from error
 
 

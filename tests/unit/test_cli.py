@@ -274,6 +274,7 @@ MINIMAL = {
     "generate": [*VERIFIER, "--conversations-path", "talk.jsonl", "--aux-layer-ids", "1", "2", "3", "--no-use-gpu"],
     "vocab-mapping": ["--target-vocab-size", "64000", "--data-path", "./data"],
     "train": [*VERIFIER, "--epochs", "3", "--lr", "3e-5", "--aux-layer-ids", "1", "2", "3", "--max-steps", "9"],
+    "doctor": [*VERIFIER, "--time-steps", "3", "--num-workers", "2"],
     "export": ["--checkpoint-path", "checkpoints/0", "--output-path", "/served", "--format", "sglang"],
     "demo": ["--short", "--seed", "4"],
 }

@@ -30,6 +30,7 @@ SMALLEST: dict[str, dict[str, Any]] = {
     "generate": {"verifier_name_or_path": "verifier", "conversations_path": "talk.jsonl"},
     "vocab-mapping": {"target_vocab_size": 64000},
     "train": TRAIN,
+    "doctor": TRAIN,
     "export": {"checkpoint_path": "checkpoints/0", "output_path": "served"},
     "demo": {},
 }
@@ -291,6 +292,7 @@ FIXED: dict[str, dict[str, Any]] = {
     "generate": {"skip_first_tokens": 0},
     "vocab-mapping": {"target_vocab_size": 10**7, "target_model_path": None},
     "train": {"logger": "wandb,tensorboard", "fc_norm": False, "d2t_path": Path("a"), "t2d_path": Path("b")},
+    "doctor": {"logger": "wandb,tensorboard", "fc_norm": False, "d2t_path": Path("a"), "t2d_path": Path("b")},
     "export": {},
     "demo": {},
 }

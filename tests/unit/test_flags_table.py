@@ -7,7 +7,7 @@ import pytest
 
 from eagle3_ray.config import VERBS
 from eagle3_ray.errors import UsageError
-from eagle3_ray.flags import flag_groups, flags_of, flags_table, main, write_flags_tables
+from eagle3_ray.flags import extended_verb, flag_groups, flags_of, flags_table, main, write_flags_tables
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -28,7 +28,14 @@ def test_the_readme_tells_what_the_schema_tells() -> None:
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_table_has_a_row_for_each_field_and_no_other(verb: str) -> None:
     names = [re.findall(r"--[a-z0-9-]+", row[0])[0] for row in rows_of(flags_table(verb))]
-    assert sorted(names) == sorted("--" + field.replace("_", "-") for field in VERBS[verb].model_fields)
+    extended = extended_verb(verb)
+    fields = VERBS[verb].model_fields.keys() - (VERBS[extended].model_fields.keys() if extended else set())
+    assert sorted(names) == sorted("--" + field.replace("_", "-") for field in fields)
+
+
+def test_a_verb_that_extends_another_tells_only_what_it_adds() -> None:
+    assert extended_verb("doctor") == "train" and extended_verb("train") is None
+    assert [row[0] for row in rows_of(flags_table("doctor"))] == ["`--time-steps INT`"]
 
 
 def test_rows_tell_flag_default_and_meaning() -> None:
