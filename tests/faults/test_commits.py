@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from eagle3_ray.cli import main
 from eagle3_ray.errors import CheckpointError
 from eagle3_ray.jobs.train import run
 from eagle3_ray.training.ray_snapshot import mend_snapshot
@@ -232,3 +233,64 @@ def fill(path: Path) -> None:
     with pytest.raises(OSError, match="No space left"), path.open("wb", buffering=0) as file:
         while True:
             file.write(bytes(4096))
+
+
+# ------------------------------------------------------------------------------ Ray's own list
+
+
+def cut_short(save_dir: Path) -> None:
+    snapshot = save_dir / RAY_SNAPSHOT
+    snapshot.write_bytes(snapshot.read_bytes()[:-20])
+
+
+def delete(save_dir: Path) -> None:
+    (save_dir / RAY_SNAPSHOT).unlink()
+
+
+def delete_newest_folder(save_dir: Path) -> None:
+    shutil.rmtree(save_dir / "step-000004")
+
+
+def delete_older_folder(save_dir: Path) -> None:
+    shutil.rmtree(save_dir / "step-000001")
+    (save_dir / "step-000002" / "COMMITTED").unlink()  # as a removal that was killed leaves it
+    shutil.rmtree(save_dir / "step-000002" / "state")
+
+
+@pytest.fixture(scope="module")
+def paused(straight: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run, paused after its fourth step, with a checkpoint of each."""
+    folder = tmp_path_factory.mktemp("paused")
+    run(make_settings(folder, data_path=straight / "data", checkpoint_every_steps=1, max_steps=4))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("damage", "told", "newest"),
+    [
+        (cut_short, "Ray's list of checkpoints was damaged and is now {}/checkpoint_manager_snapshot.json.broken", 4),
+        (delete_newest_folder, "Ray's list of checkpoints was damaged and is now {}/", 3),
+        (delete, "Ray's list of checkpoints is gone from {}; the checkpoints themselves are used", 4),
+        (delete_older_folder, "", 4),
+    ],
+)
+def test_a_run_whose_list_ray_would_not_start_from_goes_on_from_what_is_on_disk_and_says_so(
+    damage: Callable[[Path], None],
+    told: str,
+    newest: int,
+    straight: Path,
+    paused: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    save_dir = tmp_path / "run"
+    shutil.copytree(paused / "run", save_dir, symlinks=True)
+    damage(save_dir)
+    settings, config = make_settings(tmp_path, data_path=straight / "data"), tmp_path / "train.yaml"
+    config.write_text(json.dumps(settings.model_dump(mode="json", exclude={"config"})))
+    assert main(["train", "--config", str(config)]) == 0
+    lines = capsys.readouterr().out.split("\n")
+    about_the_list = [line for line in lines if "Ray's list" in line]
+    assert [line.startswith(told.format(save_dir)) for line in about_the_list] == ([True] if told else []), lines
+    assert any(line.startswith("going on from ") and f"(step {newest} of 6)" in line for line in lines), lines
+    assert_same_run(tmp_path, straight, tmp_path)
