@@ -107,6 +107,8 @@ class Survey:
             DataError: There is none.
         """
         paths = [path for path, facts in self.facts.items() if facts.is_sample]
+        if not paths:
+            self.bad_files.raise_if_any(self.root, self.num_files, self.version)
         _check_any_sample(self.root, len(paths), self.version)
         return SampleIndex(
             root=self.root,

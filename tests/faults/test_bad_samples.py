@@ -15,7 +15,7 @@ import torch
 
 from eagle3_ray.config import TrainSettings
 from eagle3_ray.data.batch import pack_samples
-from eagle3_ray.data.index import build_index, split_index
+from eagle3_ray.data.index import build_index, split_index, survey_folder
 from eagle3_ray.data.index_cache import CACHE_DIR
 from eagle3_ray.data.packing import BinSchedule, plan_bins
 from eagle3_ray.data.samples import SampleSpec
@@ -30,6 +30,7 @@ from eagle3_ray.model.loss import TargetHead
 from eagle3_ray.model.verifier import load_final_norm, load_verifier_tensors, read_verifier_config
 from eagle3_ray.training.optim import build_optimizer, learning_rate, set_learning_rate, warmup_steps
 from eagle3_ray.training.ready import make_ready
+from eagle3_ray.training.run_folder import find_committed
 from eagle3_ray.training.sharding import build_sharded_draft
 from eagle3_ray.training.step import StepSettings, train_step
 from tests.integration.test_train import LENGTHS, SHAPE, make_settings, wait_until
@@ -190,6 +191,13 @@ def test_a_mapping_is_counted_without_the_files_left_out(folder: Path) -> None:
     assert np.array_equal(np.load(folder / "d2t.npy") + np.arange(50), kept)
 
 
+def test_a_folder_of_bad_files_alone_is_told_as_such_whatever_is_allowed(tmp_path: Path) -> None:
+    write_bad_file(tmp_path / "a.pt", "empty")
+    write_bad_file(tmp_path / "token_freq.pt", "token_freq")
+    with pytest.raises(DataError, match=r"1 of 2 \.pt files are not usable v1 samples\.\n +1  empty"):
+        survey_folder(str(tmp_path), make_spec()).to_index()
+
+
 # ------------------------------------------------------------------------------------- scanning
 
 
@@ -299,7 +307,7 @@ def test_a_run_that_a_bad_file_ended_goes_on_without_it(folder: Path, monkeypatc
 def test_a_killed_run_goes_on_as_planned_whatever_became_of_the_files(folder: Path, tmp_path: Path) -> None:
     """Of the files of the plan one is cut short, one gone; a new one and a mended one change nothing."""
     cut_short(folder / "data" / "data_3.pt")  # in no plan
-    settings = settings_for(folder, max_bad_frac=0.3, checkpoint_every_steps=1)
+    settings = settings_for(folder, max_bad_frac=0.3, checkpoint_every_steps=1, epochs=500)
     config = folder / "settings.yaml"
     config.write_text(json.dumps(settings.model_dump(mode="json", exclude={"config"})))
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
@@ -311,7 +319,7 @@ def test_a_killed_run_goes_on_as_planned_whatever_became_of_the_files(folder: Pa
         stdout=subprocess.DEVNULL,
     )
     try:
-        wait_until(lambda: (folder / "run" / "step-000002" / "COMMITTED").exists(), "a checkpoint")
+        wait_until(lambda: (folder / "run" / "step-000001" / "COMMITTED").exists(), "a checkpoint")
     finally:
         os.killpg(process.pid, 9)
         process.wait()
@@ -321,8 +329,9 @@ def test_a_killed_run_goes_on_as_planned_whatever_became_of_the_files(folder: Pa
     (folder / "data" / names[1]).unlink()
     write_sample(folder / "data" / "new.pt", 40, **SHAPE)
     write_sample(folder / "data" / "data_3.pt", 52, seed=3, **SHAPE)
-    run(settings)
-    assert (folder / "run" / "1" / "COMMITTED").exists()
+    step = find_committed(folder / "run")[-1].step
+    run(settings.model_copy(update={"max_steps": step + 4}))
+    assert find_committed(folder / "run")[-1].step == step + 4
     records = {record["path"]: (record["kinds"], record["is_planned"]) for record in listed(folder)}
     assert records == {
         "data_3.pt": (["cut short or damaged"], False),
