@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from eagle3_ray.cli import main
 from tests.makers import write_samples
@@ -104,6 +105,22 @@ def test_in_json_the_numbers_of_the_run_are_told(folder: Path, capsys: pytest.Ca
     assert checks["disk"]["checkpoints"] == 3
     # Two workers: four bins of 64 tokens, two at a time.
     assert checks["time"]["epoch_s"] == pytest.approx(2 * checks["time"]["step_s"])
+
+
+def tensor_bytes(value: Any) -> int:
+    """Of all tensors in nested dicts, but for single numbers such as Adam's step."""
+    if isinstance(value, dict):
+        return sum(map(tensor_bytes, value.values()))
+    return value.nbytes if isinstance(value, torch.Tensor) and value.dim() > 0 else 0
+
+
+def test_the_bytes_of_a_checkpoint_are_those_of_the_tensors_in_one_and_a_little_around_them(
+    folder: Path, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, checks = examine(folder, capsys)
+    dcp_to_torch_save(trained / "1" / "state", folder / "state.pt")
+    stored = torch.load(folder / "state.pt", weights_only=True) | load_file(trained / "1" / "model.safetensors")
+    assert 0 <= checks["disk"]["checkpoint_bytes"] - tensor_bytes(stored) < 2 * 2**20
 
 
 def remove_tensor(folder: Path) -> None:
