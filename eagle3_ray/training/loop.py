@@ -110,7 +110,7 @@ def watched(rank: Rank, items: Iterator[StepBins[ReadyBin]], *, validates: bool)
         item = next(items, None)
         if item is None:
             return
-        rank.watch.mark(Mark(rank.step, validation_step, is_reading=False))
+        rank.watch.mark(Mark(rank.step, validation_step))
         yield item
 
 
@@ -239,6 +239,7 @@ def save(rank: Rank, name: str, validation: Mapping[str, float]) -> None:
     """Copy the state to host memory, from where a checkpoint is stored while the training goes on. collective."""
     learn_outcome(rank)
     rank.is_saving = False  # what was ordered until now is done here
+    rank.watch.mark(Mark(rank.step, None, is_saving=True))
     record = {
         "step": rank.step,
         "metrics": {**rank.metrics, LEFT_OUT_STEPS: float(rank.num_left_out), **validation},

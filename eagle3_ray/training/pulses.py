@@ -1,7 +1,8 @@
 """Who among the ranks is stuck: each tells now and then where it is, and one that stays there for too long is named.
 
 A rank that is stuck holds up all others, which wait for it in a collective; so of those that made no progress, the
-culprit is one that is not heard of any more, else one that waits for its bins, else one that is a step behind.
+culprit is one that is not heard of any more, else one that waits for its bins, else one that is a step behind. As long
+as one waits for its checkpoint to be stored, which takes as long as the storage takes, nobody else is stuck.
 """
 
 import math
@@ -20,11 +21,13 @@ class Mark(NamedTuple):
         step: Optimizer step, counted from 0.
         validation_step: If it validates, before that step: the step of the validation, else None.
         is_reading: It waits for its bins, and for nobody else.
+        is_saving: It waits for the checkpoint before to be stored, or copies the next.
     """
 
     step: int
     validation_step: int | None
-    is_reading: bool
+    is_reading: bool = False
+    is_saving: bool = False
 
     @property
     def place(self) -> tuple[int, float]:
@@ -66,6 +69,9 @@ class Pulses:
         known = self._by_rank.get(rank)
         since_s = known.since_s if known is not None and known.mark == mark else now_s
         self._by_rank[rank] = Pulse(mark, since_s, now_s)
+        if any(pulse.mark.is_saving for pulse in self._by_rank.values()):
+            # The others' time starts when that is over; not of one that is not heard of meanwhile.
+            self._by_rank = {one: pulse._replace(since_s=pulse.heard_s) for one, pulse in self._by_rank.items()}
         culprits = find_culprits(self._by_rank, now_s, timeout_s)
         if culprits:
             self._by_rank = {}

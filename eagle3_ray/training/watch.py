@@ -37,7 +37,7 @@ class Watch:
         dist.broadcast_object_list(group)
         self._group = group[0]
         self._channel, self._number, self._timeout_s, self._describe_bins = channel, number, timeout_s, describe_bins
-        self._mark = Mark(0, None, is_reading=False)
+        self._mark = Mark(0, None)
         self._is_over = threading.Event()
 
     def __enter__(self) -> "Watch":

@@ -25,7 +25,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +35,8 @@ from torch.utils._pytree import tree_leaves_with_path
 
 from eagle3_ray.training.run_folder import latest_committed
 from tests.makers import write_samples
+from tests.runs import PARITY, ROOT, descendants, wait_until
 
-ROOT = Path(__file__).parents[2]
-PARITY = ROOT / "tests" / "parity" / "small"
 LENGTHS = [40, 61, 33, 52, 70, 28, 45, 39, 64, 50, 36, 58] * 10  # some thirty steps an epoch
 KINDS = ("worker", "stand", "driver", "raylet", "term")
 GIVE_UP_S = 180.0  # for anything that should happen within seconds
@@ -73,26 +71,6 @@ def write_settings(folder: Path, num_steps: int) -> Path:
     return path
 
 
-def descendants(pid: int) -> dict[int, str]:
-    """Return the processes below one, by id, with what they are called."""
-    parents, names = {}, {}
-    for status in Path("/proc").glob("[0-9]*/status"):
-        try:
-            lines = dict(line.split(":\t", 1) for line in status.read_text().splitlines() if ":\t" in line)
-            title = (status.parent / "cmdline").read_bytes()
-        except OSError:
-            continue  # ended meanwhile
-        names[int(lines["Pid"])] = title.decode(errors="replace").rstrip("\0 ")
-        parents[int(lines["Pid"])] = int(lines["PPid"])
-
-    def is_below(child: int) -> bool:
-        while child in parents and child != pid:
-            child = parents[child]
-        return child == pid
-
-    return {child: name for child, name in names.items() if child != pid and is_below(child)}
-
-
 class Command:
     """`eagle3-ray train` while it runs."""
 
@@ -125,14 +103,6 @@ class Command:
         return self.process.wait(GIVE_UP_S)
 
 
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    """Return once the condition holds."""
-    deadline = time.monotonic() + GIVE_UP_S
-    while not condition():
-        assert time.monotonic() < deadline, f"after {GIVE_UP_S:.0f} s there is no sign of {what}"
-        time.sleep(0.05)
-
-
 def count_saved(run: Path) -> int:
     """Return how many whole checkpoints there are."""
     return len(list(run.glob("*/COMMITTED")))
@@ -141,7 +111,7 @@ def count_saved(run: Path) -> int:
 def wait_for_progress(command: Command, run: Path) -> None:
     """Return once there is another whole checkpoint, or the command has ended."""
     known = count_saved(run)
-    wait_until(lambda: count_saved(run) > known or command.is_over(), "a checkpoint")
+    wait_until(lambda: count_saved(run) > known or command.is_over(), "a checkpoint", GIVE_UP_S)
 
 
 def count_steps_made(logs: Path) -> int:
@@ -166,7 +136,9 @@ def strike(command: Command, kind: str, rng: random.Random) -> bool:
     code = command.wait()
     expected = {"raylet": code not in (0, None), "driver": code == -signal.SIGKILL, "term": code == 143}
     assert expected[kind], f"after {kind} the command ended with {code}"
-    wait_until(lambda: not any(is_alive(pid, name) for pid, name in left_behind.items()), f"the end of {left_behind}")
+    wait_until(
+        lambda: not any(map(is_alive, left_behind, left_behind.values())), f"the end of {left_behind}", GIVE_UP_S
+    )
     return True
 
 

@@ -33,8 +33,8 @@ from eagle3_ray.training.ready import make_ready
 from eagle3_ray.training.run_folder import find_committed
 from eagle3_ray.training.sharding import build_sharded_draft
 from eagle3_ray.training.step import StepSettings, train_step
-from tests.integration.test_train import LENGTHS, SHAPE, make_settings, wait_until
 from tests.makers import BAD_FILES, make_spec, write_bad_file, write_sample, write_samples
+from tests.runs import LENGTHS, SHAPE, make_settings, wait_until
 from tests.unit.training.ranks import run_on_ranks
 from tests.unit.training.world import load_mapping
 

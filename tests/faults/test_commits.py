@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import subprocess
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,16 +17,8 @@ from eagle3_ray.errors import CheckpointError
 from eagle3_ray.jobs.train import run
 from eagle3_ray.training.ray_snapshot import mend_snapshot
 from eagle3_ray.training.run_folder import LOCK, RAY_SNAPSHOT, find_committed
-from tests.integration.test_stop import Command
-from tests.integration.test_train import (
-    LENGTHS,
-    SHAPE,
-    assert_same_run,
-    make_settings,
-    read_metrics,
-    wait_until,
-)
 from tests.makers import write_samples
+from tests.runs import LENGTHS, SHAPE, Command, ThreadedRun, assert_same_run, make_settings, read_metrics
 
 pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.slow]
 
@@ -203,23 +194,12 @@ def test_a_disk_that_is_full_in_the_middle_of_a_save_ends_the_run_and_leaves_the
     pipe = save_dir / "1" / "config.json"
     pipe.parent.mkdir()
     os.mkfifo(pipe)  # whoever opens it to write waits for a reader
-    failures: list[BaseException] = []
-
-    def train() -> None:
-        try:
-            run(settings)
-        except BaseException as error:  # noqa: BLE001
-            failures.append(error)
-
-    thread = threading.Thread(target=train)
-    thread.start()
-    state = pipe.parent / "state" / ".metadata"
-    wait_until(lambda: state.exists() or not thread.is_alive(), "a save that is held up")
-    assert thread.is_alive(), failures
+    training = ThreadedRun(settings)
+    training.wait_for((pipe.parent / "state" / ".metadata").exists, "a save that is held up")
+    assert not training.is_over(), training.failures
     fill(save_dir / "filler")
     pipe.read_text()  # and so the save goes on
-    thread.join()
-    (error,) = failures
+    (error,) = training.join()
     assert isinstance(error, CheckpointError) and error.exit_code == 4
     assert re.match(MISSING.format(re.escape(str(save_dir))), str(error)), str(error)
     assert names(save_dir) == ["0"] and not (save_dir / "1").exists()

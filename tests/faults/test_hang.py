@@ -2,7 +2,6 @@
 
 import os
 import signal
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +10,8 @@ import pytest
 from eagle3_ray.config import TrainSettings
 from eagle3_ray.errors import ClusterError
 from eagle3_ray.jobs.train import run
-from tests.integration.test_train import (
-    LENGTHS,
-    SHAPE,
-    assert_same_run,
-    make_settings,
-    wait_for_train_workers,
-    wait_until,
-)
 from tests.makers import write_samples
+from tests.runs import LENGTHS, SHAPE, ThreadedRun, assert_same_run, make_settings, wait_for_train_workers
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 HANG_TIMEOUT_S = 5.0
@@ -34,21 +26,11 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
-def train_in_thread(settings: TrainSettings) -> tuple[threading.Thread, list[BaseException]]:
-    """A run that goes on, after its first checkpoint, and what it will raise."""
-    failures: list[BaseException] = []
-
-    def train() -> None:
-        try:
-            run(settings)
-        except BaseException as error:  # noqa: BLE001
-            failures.append(error)
-
-    thread = threading.Thread(target=train)
-    thread.start()
-    first = settings.save_path / "step-000001" / "COMMITTED"
-    wait_until(lambda: first.exists() or not thread.is_alive(), "a checkpoint")
-    return thread, failures
+def train_past_first_checkpoint(settings: TrainSettings) -> ThreadedRun:
+    """A run that goes on after its first checkpoint."""
+    training = ThreadedRun(settings)
+    training.wait_for((settings.save_path / "step-000001" / "COMMITTED").exists, "a checkpoint")
+    return training
 
 
 def test_a_worker_that_stands_still_is_named_and_the_workers_start_again_from_the_last_checkpoint(
@@ -56,10 +38,9 @@ def test_a_worker_that_stands_still_is_named_and_the_workers_start_again_from_th
 ) -> None:
     calm, hung = make_folder(tmp_path / "calm"), make_folder(tmp_path / "hung")
     run(settings_of(calm))
-    thread, failures = train_in_thread(settings_of(hung, max_failures=1))
+    training = train_past_first_checkpoint(settings_of(hung, max_failures=1))
     os.kill(wait_for_train_workers()[0], signal.SIGSTOP)
-    thread.join()
-    assert failures == []
+    assert training.join() == []
     assert_same_run(hung, calm, tmp_path)
     (told,) = [line for line in capsys.readouterr().out.splitlines() if "no progress" in line]
     assert "its process has gone silent; the workers are ended" in told and told.startswith("rank ")
@@ -69,13 +50,12 @@ def test_a_read_that_never_ends_is_named_with_its_files_and_ends_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = make_folder(tmp_path)
-    thread, failures = train_in_thread(settings_of(folder, epochs=100))
+    training = train_past_first_checkpoint(settings_of(folder, epochs=100))
     for path in (folder / "data").glob("*.pt"):
         pipe = folder / path.name
         os.mkfifo(pipe)  # whoever opens it to read waits for a writer
         pipe.rename(path)
-    thread.join()
-    (error,) = failures
+    (error,) = training.join()
     assert isinstance(error, ClusterError) and "a worker was lost" in str(error) and error.exit_code == 5
     told = [line for line in capsys.readouterr().out.splitlines() if "no progress" in line]
     assert told and all("it waits for its bins (data_" in line for line in told)

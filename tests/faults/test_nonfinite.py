@@ -12,8 +12,8 @@ from eagle3_ray.errors import NonFiniteError
 from eagle3_ray.jobs.train import run
 from eagle3_ray.training.outcome import MAX_LEFT_OUT_IN_A_ROW
 from eagle3_ray.training.run_folder import find_committed
-from tests.integration.test_train import LENGTHS, SHAPE, load_state, make_settings
 from tests.makers import write_samples
+from tests.runs import LENGTHS, SHAPE, load_state, make_settings
 
 BAD = "data_7.pt"
 

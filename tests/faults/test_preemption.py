@@ -1,7 +1,6 @@
 """A node that Ray is told will go, and then goes: three raylets on this machine, and the real `train` on them."""
 
 import os
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +11,8 @@ import ray
 from ray.cluster_utils import Cluster
 
 from eagle3_ray.jobs.train import run
-from tests.faults.chaos import descendants
-from tests.integration.test_train import SHAPE, assert_same_run, make_settings, wait_until
 from tests.makers import write_samples
+from tests.runs import SHAPE, ThreadedRun, assert_same_run, descendants, make_settings
 
 LENGTHS = [40, 61, 33, 52, 70, 28, 45, 39, 64, 50, 36, 58] * 12  # some thirty steps an epoch
 EPOCHS = 12
@@ -24,6 +22,7 @@ PREEMPTION = 2  # of Ray's reasons to drain a node: it will be taken away, whate
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     """A head for two workers, so that a third has to go elsewhere."""
+    monkeypatch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1")  # a Ray of its own has none
     monkeypatch.setenv("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "0.2")
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
     try:
@@ -32,11 +31,6 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     finally:
         ray.shutdown()
         made.shutdown()
-
-
-def is_watched() -> bool:
-    """Tell whether Ray Train's watcher runs."""
-    return "ray::PreemptionWatcher" in descendants(os.getpid()).values()
 
 
 def drain(node_id: str) -> None:
@@ -56,27 +50,15 @@ def test_the_ranks_save_before_their_node_goes_and_go_on_bit_for_bit(
     node = cluster.add_node(num_cpus=2)
     cluster.wait_for_nodes()
     run(make_settings(calm, num_workers=3, bins_per_step=3, epochs=EPOCHS))
-    failures: list[BaseException] = []
-
-    def train() -> None:
-        try:
-            run(make_settings(hit, num_workers=3, bins_per_step=3, epochs=EPOCHS))
-        except BaseException as error:  # noqa: BLE001
-            failures.append(error)
-
-    thread = threading.Thread(target=train)
-    thread.start()
-    wait_until(lambda: (hit / "run" / "0" / "COMMITTED").exists() or not thread.is_alive(), "the first epoch's end")
+    training = ThreadedRun(make_settings(hit, num_workers=3, bins_per_step=3, epochs=EPOCHS))
+    training.wait_for((hit / "run" / "0" / "COMMITTED").exists, "the first epoch's end")
     # A notice that comes before Ray Train's watcher is up is seen by it all the same, but this run is short.
-    wait_until(
-        lambda: "ray::PreemptionWatcher" in descendants(os.getpid()).values() or not thread.is_alive(), "a watcher"
-    )
+    training.wait_for(lambda: "ray::PreemptionWatcher" in descendants(os.getpid()).values(), "Ray Train's watcher")
     drain(node.node_id)
-    wait_until(lambda: any((hit / "run").glob("step-*/COMMITTED")) or not thread.is_alive(), "a checkpoint")
+    training.wait_for(lambda: any((hit / "run").glob("step-*/COMMITTED")), "a checkpoint")
     cluster.remove_node(node, allow_graceful=False)
     cluster.add_node(num_cpus=2)
-    thread.join()
-    assert failures == []
+    assert training.join() == []
     assert_same_run(hit, calm, tmp_path, name=str(EPOCHS - 1))
     told = [line for line in capsys.readouterr().out.splitlines() if "about to be taken away" in line]
     assert len(told) == 1 and "the node of rank" in told[0] and "saving after this step" in told[0]

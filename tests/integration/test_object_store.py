@@ -12,8 +12,8 @@ from eagle3_ray.data.index_cache import CACHE_DIR
 from eagle3_ray.errors import CheckpointError, StorageError
 from eagle3_ray.jobs import export, train, vocab_mapping
 from eagle3_ray.storage import ObjectPath, list_objects
-from tests.integration.test_train import LENGTHS, PARITY, SHAPE, make_settings, read_metrics
 from tests.makers import write_samples
+from tests.runs import LENGTHS, PARITY, SHAPE, make_settings, read_metrics
 from tests.unit.generation.world import World, trainable
 
 pytestmark = [pytest.mark.usefixtures("s3_bucket", "gs_bucket", "ray_cluster"), pytest.mark.slow]

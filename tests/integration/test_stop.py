@@ -1,68 +1,22 @@
 """SIGTERM and Ctrl-C: the run saves, says how to go on, and going on leaves no seam."""
 
-import json
-import os
-import select
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from eagle3_ray.config import GenerateSettings, TrainSettings
 from eagle3_ray.jobs.train import run
-from tests.integration.test_train import SHAPE, assert_same_run, make_settings, read_metrics
 from tests.makers import write_samples
+from tests.runs import SHAPE, Command, assert_same_run, make_settings, read_metrics
 from tests.unit.generation.world import MAX_SEQ_LEN, World
 
-ROOT = Path(__file__).parents[2]
 MANY_STEPS = {"bins_per_step": 1, "epochs": 1}  # one long epoch: a signal lands in its middle
 NUM_EPOCHS = 5  # a checkpoint is told of while the next epoch runs, and maybe the one after it
 MANY_EPOCHS = {"bins_per_step": 1, "epochs": NUM_EPOCHS, "train_frac": 0.01}  # a step an epoch, then a long validation
 
 pytestmark = [pytest.mark.usefixtures("ray_cluster"), pytest.mark.slow]
-
-
-class Command:
-    """`eagle3-ray VERB --config ... --log-format json` in a process group of its own, read line by line."""
-
-    def __init__(self, verb: str, settings: TrainSettings | GenerateSettings, folder: Path) -> None:
-        config = folder / f"{verb}.yaml"
-        config.write_text(json.dumps(settings.model_dump(mode="json", exclude={"config"})))
-        self.events: list[dict[str, Any]] = []
-        self._unfinished = b""
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "eagle3_ray", verb, "--config", str(config), "--log-format", "json"],
-            start_new_session=True,
-            env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-        )
-
-    def wait_for(self, event: str, timeout_s: float = 300.0) -> dict[str, Any]:
-        """Read until an event comes, and return it."""
-        assert self.process.stdout is not None
-        deadline = time.monotonic() + timeout_s
-        while not (found := [line for line in self.events if line["event"] == event]):
-            assert select.select([self.process.stdout], [], [], deadline - time.monotonic())[0], self.events
-            chunk = os.read(self.process.stdout.fileno(), 65536)
-            assert chunk, f"ended without {event}: {self.events}"
-            *lines, self._unfinished = (self._unfinished + chunk).split(b"\n")
-            self.events += map(json.loads, lines)
-        return found[-1]
-
-    def stop(self, number: signal.Signals) -> dict[str, Any]:
-        """Send the signal, and return the last word."""
-        if number == signal.SIGINT:
-            os.killpg(self.process.pid, number)  # Ctrl-C goes to all processes of the terminal's group
-        else:
-            self.process.send_signal(number)
-        last = self.wait_for("stopped")
-        assert self.process.wait(120) == last["exit_code"] == 128 + number
-        return last
 
 
 @pytest.fixture(scope="module")

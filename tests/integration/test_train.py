@@ -6,67 +6,31 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from eagle3_ray.config import TrainSettings
 from eagle3_ray.data.vocab import read_mapping
 from eagle3_ray.errors import CheckpointError, ClusterError, SampleFormatError
 from eagle3_ray.jobs.train import run
 from eagle3_ray.training.run_folder import LOCK, find_committed
 from tests.makers import write_samples
-
-PARITY = Path(__file__).parents[1] / "parity" / "small"
-LENGTHS = [40, 61, 33, 52, 70, 28, 45, 39, 64, 50, 36, 58]
-SHAPE = {"hidden_size": 64, "vocab_size": 320}
+from tests.runs import (
+    LENGTHS,
+    PARITY,
+    SHAPE,
+    ThreadedRun,
+    assert_same_run,
+    load_state,
+    make_settings,
+    read_metrics,
+    wait_for_train_workers,
+    wait_until,
+)
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
-
-
-def make_settings(folder: Path, **changes: Any) -> TrainSettings:
-    """Ten samples to train on in five bins, two a step: three steps an epoch, two epochs."""
-    fields: dict[str, Any] = {
-        "verifier_name_or_path": str(PARITY / "verifier"),
-        "data_path": folder / "data",
-        "save_path": folder / "run",
-        "log_dir": folder / "logs",
-        "d2t_path": PARITY / "d2t.npy",
-        "t2d_path": PARITY / "t2d.npy",
-        "total_seq_len": 112,
-        "train_frac": 0.8,
-        "epochs": 2,
-        "lr": 1e-3,
-        "bins_per_step": 2,
-        "num_workers": 1,
-        "use_gpu": False,
-        "log_every_steps": 1,
-    }
-    return TrainSettings(**(fields | changes))
-
-
-def load_state(checkpoint: Path, tmp_path: Path) -> dict[str, torch.Tensor]:
-    """Everything of a checkpoint's full-precision state as one flat dict."""
-    whole = tmp_path / f"{checkpoint.parent.name}-{checkpoint.name}.pt"
-    dcp_to_torch_save(checkpoint / "state", whole)
-    flat: dict[str, torch.Tensor] = {}
-
-    def flatten(prefix: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for key, item in value.items():
-                flatten(f"{prefix}/{key}", item)
-        elif isinstance(value, torch.Tensor):
-            flat[prefix] = value
-
-    flatten("", torch.load(whole, weights_only=True))
-    return flat
 
 
 @pytest.fixture(scope="module")
@@ -92,22 +56,6 @@ def folder(straight: Path, tmp_path: Path) -> Path:
     """A fresh folder with the same samples."""
     shutil.copytree(straight / "data", tmp_path / "data")
     return tmp_path
-
-
-def assert_same_run(found: Path, expected: Path, tmp_path: Path, name: str = "1") -> None:
-    """The last checkpoints agree in every bit: weights, Adam's moments and steps, metrics."""
-    state = load_state(found / "run" / name, tmp_path)
-    wanted = load_state(expected / "run" / name, tmp_path)
-    assert state.keys() == wanted.keys() and len(wanted) > 30
-    assert [name for name in wanted if not torch.equal(state[name], wanted[name])] == []
-    metrics, wanted_metrics = read_metrics(found / "run" / name), read_metrics(expected / "run" / name)
-    validated = [name for name in wanted_metrics if name.startswith("val/")]
-    assert {name: metrics[name] for name in validated} == {name: wanted_metrics[name] for name in validated}
-
-
-def read_metrics(checkpoint: Path) -> dict[str, float]:
-    metrics: dict[str, float] = json.loads((checkpoint / "run.json").read_text())["metrics"]
-    return metrics
 
 
 def test_a_run_leaves_a_committed_checkpoint_an_epoch_and_best(straight: Path) -> None:
@@ -180,63 +128,13 @@ def test_a_run_resumed_on_two_workers_keeps_its_trajectory(
         assert found[name] == pytest.approx(expected[name], rel=1e-3), name
 
 
-def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 120.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"timed out waiting for {what}"
-        time.sleep(0.05)
-
-
-def wait_for_train_workers() -> list[int]:
-    """Process ids as below, of one at least: Ray rewrites a worker's title with each call, and it is gone meanwhile."""
-    found: list[int] = []
-
-    def look() -> bool:
-        found[:] = find_train_workers()
-        return len(found) > 0
-
-    wait_until(look, "a worker")
-    return found
-
-
-def find_train_workers() -> list[int]:
-    """Process ids of Ray Train workers that descend from this process."""
-    parents, workers = {}, []
-    for status in Path("/proc").glob("[0-9]*/status"):
-        try:
-            lines = dict(line.split(":\t", 1) for line in status.read_text().splitlines() if ":\t" in line)
-            title = (status.parent / "cmdline").read_bytes()
-        except OSError:
-            continue  # ended meanwhile
-        parents[int(lines["Pid"])] = int(lines["PPid"])
-        if b"RayTrainWorker" in title:
-            workers.append(int(lines["Pid"]))
-
-    def is_ours(pid: int) -> bool:
-        while pid in parents and pid != os.getpid():
-            pid = parents[pid]
-        return pid == os.getpid()
-
-    return [pid for pid in workers if is_ours(pid)]
-
-
 def test_a_killed_worker_is_restarted_from_the_last_checkpoint(straight: Path, folder: Path, tmp_path: Path) -> None:
     """Here bins are packed in tasks, in the uninterrupted run by the worker: that must make no difference either."""
-    failures: list[BaseException] = []
-
-    def train() -> None:
-        try:
-            run(make_settings(folder, max_failures=1, checkpoint_every_steps=1, pack_in="task"))
-        except BaseException as error:  # noqa: BLE001
-            failures.append(error)
-
-    thread = threading.Thread(target=train)
-    thread.start()
-    wait_until(lambda: (folder / "run" / "step-000001" / "COMMITTED").exists() or not thread.is_alive(), "a checkpoint")
+    training = ThreadedRun(make_settings(folder, max_failures=1, checkpoint_every_steps=1, pack_in="task"))
+    training.wait_for((folder / "run" / "step-000001" / "COMMITTED").exists, "a checkpoint")
     for pid in wait_for_train_workers():
         os.kill(pid, signal.SIGKILL)
-    thread.join()
-    assert failures == []
+    assert training.join() == []
     assert_same_run(folder, straight, tmp_path)
     names = ["step-000001", "step-000002", "0", "step-000004", "step-000005", "1"]
     assert [checkpoint.path.name for checkpoint in find_committed(folder / "run")] == names
@@ -263,22 +161,12 @@ def test_a_step_does_not_wait_for_a_checkpoint_the_next_save_does_and_its_disk_e
     pipe = folder / "run" / "step-000001" / "state" / "__0_0.distcp"
     pipe.parent.mkdir(parents=True)
     os.mkfifo(pipe)  # whoever opens it to write waits for a reader
-    failures: list[BaseException] = []
-
-    def train() -> None:
-        try:
-            run(settings)
-        except BaseException as error:  # noqa: BLE001
-            failures.append(error)
-
-    thread = threading.Thread(target=train)
-    thread.start()
-    wait_until(lambda: logged_steps(folder) == [1, 2] or not thread.is_alive(), "the second step")
-    assert thread.is_alive() and logged_steps(folder) == [1, 2]
+    training = ThreadedRun(settings)
+    training.wait_for(lambda: logged_steps(folder) == [1, 2], "the second step")
+    assert not training.is_over()
     assert {path.name for path in (folder / "run").iterdir() if path.is_dir()} == {"step-000001"}
     os.close(os.open(pipe, os.O_RDONLY))  # and a pipe is no file
-    thread.join()
-    (error,) = failures
+    (error,) = training.join()
     assert isinstance(error, CheckpointError) and error.exit_code == 4
     assert str(error).startswith(f"{folder / 'run' / 'step-000001'}: cannot be saved ([Errno 29] Illegal seek)")
     assert logged_steps(folder) == [1, 2] and find_committed(folder / "run") == []

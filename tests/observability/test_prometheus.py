@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.test_train import LENGTHS, SHAPE, make_settings, read_metrics
 from tests.makers import write_samples
 from tests.observability.dashboard import LOGGED_AS, QUERIES, VARIABLES, fill_in, gauges_of
 from tests.observability.servers import ROOT, SCRAPE_EVERY_S, Head, Prometheus, prometheus, ray_head, wait_for
+from tests.runs import LENGTHS, SHAPE, make_settings, read_metrics
 
 METADATA = {"run": "seen-from-outside", "verifier": "small"}
 OURS = '{__name__=~"ray_eagle3_.+"}'

@@ -5,7 +5,7 @@ import pytest
 from eagle3_ray.training.pulses import Mark, Pulse, Pulses, Stuck, find_culprits
 
 TIMEOUT_S = 100.0
-COMPUTING, READING = Mark(7, None, is_reading=False), Mark(7, None, is_reading=True)
+COMPUTING, READING = Mark(7, None), Mark(7, None, is_reading=True)
 
 
 def culprits(**pulses: Pulse) -> list[int]:
@@ -24,8 +24,8 @@ def test_nobody_is_stuck_as_long_as_there_was_progress_a_while_ago() -> None:
     [
         (Pulse(COMPUTING, 850.0, 851.0), "its process is not heard of"),
         (Pulse(READING, 850.0, 999.0), "it waits for its bins, and the others for it"),
-        (Pulse(Mark(6, None, is_reading=False), 850.0, 999.0), "it is a step behind"),
-        (Pulse(Mark(7, 3, is_reading=False), 850.0, 999.0), "it still validates, before that step"),
+        (Pulse(Mark(6, None), 850.0, 999.0), "it is a step behind"),
+        (Pulse(Mark(7, 3), 850.0, 999.0), "it still validates, before that step"),
     ],
 )
 def test_the_one_that_the_others_wait_for_is_named(culprit: Pulse, why: str) -> None:
@@ -40,14 +40,33 @@ def test_a_silent_rank_comes_before_one_that_reads_and_all_are_named_where_none_
     assert culprits(r0=computes, r1=computes) == [0, 1]
 
 
+def test_a_save_may_take_as_long_as_it_takes_and_the_time_of_the_others_starts_when_it_is_over() -> None:
+    pulses, saving = Pulses(), Mark(7, None, is_saving=True)
+    for now_s in range(0, 1000, 50):
+        assert pulses.take("a", 0, saving, now_s, TIMEOUT_S) == []
+        assert pulses.take("a", 1, COMPUTING, now_s + 1, TIMEOUT_S) == []
+    assert pulses.take("a", 0, COMPUTING, 1000, TIMEOUT_S) == []
+    assert pulses.take("a", 1, COMPUTING, 1049, TIMEOUT_S) == []
+    (stuck,) = pulses.take("a", 0, Mark(8, None), 1060, TIMEOUT_S)
+    assert stuck.rank == 1 and stuck.for_s == 109
+
+
+def test_a_process_that_stands_still_is_named_though_another_saves() -> None:
+    pulses, saving = Pulses(), Mark(7, None, is_saving=True)
+    pulses.take("a", 1, COMPUTING, 0, TIMEOUT_S)
+    for now_s in (0, 50, 100):
+        assert pulses.take("a", 0, saving, now_s, TIMEOUT_S) == []
+    assert [stuck.rank for stuck in pulses.take("a", 0, saving, 101, TIMEOUT_S)] == [1]
+
+
 def test_progress_starts_the_time_anew_and_one_rank_is_told_once() -> None:
     pulses = Pulses()
     assert pulses.take("a", 0, COMPUTING, 0.0, TIMEOUT_S) == []
     assert pulses.take("a", 1, READING, 10.0, TIMEOUT_S) == []
-    assert pulses.take("a", 0, Mark(8, None, is_reading=False), 90.0, TIMEOUT_S) == []
+    assert pulses.take("a", 0, Mark(8, None), 90.0, TIMEOUT_S) == []
     assert pulses.take("a", 1, READING, 109.0, TIMEOUT_S) == []
-    assert pulses.take("a", 0, Mark(8, None, is_reading=False), 115.0, TIMEOUT_S) == [Stuck(1, READING, 105.0, False)]
-    assert pulses.take("a", 0, Mark(8, None, is_reading=False), 116.0, TIMEOUT_S) == []
+    assert pulses.take("a", 0, Mark(8, None), 115.0, TIMEOUT_S) == [Stuck(1, READING, 105.0, False)]
+    assert pulses.take("a", 0, Mark(8, None), 116.0, TIMEOUT_S) == []
 
 
 def test_workers_that_were_started_again_are_not_held_to_what_others_told_before() -> None:

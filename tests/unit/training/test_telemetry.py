@@ -17,7 +17,7 @@ from eagle3_ray.training.job import TrainJob
 from eagle3_ray.training.rank import open_rank_loggers
 from eagle3_ray.training.run_folder import COMMITTED, PARTS, RECORD
 from eagle3_ray.training.telemetry import RayGauges, gauge_labels, gauge_name, last_validation
-from tests.integration.test_train import make_settings
+from tests.runs import make_settings
 
 
 def test_a_gauge_is_named_by_part_meaning_and_unit() -> None:
