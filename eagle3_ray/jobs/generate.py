@@ -28,7 +28,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from eagle3_ray import __version__
 from eagle3_ray.config import GenerateSettings
-from eagle3_ray.console import say
+from eagle3_ray.console import say, warn
 from eagle3_ray.data.vocab import write_token_freq
 from eagle3_ray.errors import ClusterError, DataError, Eagle3RayError
 from eagle3_ray.generation.conversations import LineChunk, index_lines
@@ -72,6 +72,8 @@ def run(settings: GenerateSettings) -> None:
     settings = settings.model_copy(update={name: path.resolve() for name, path in paths.items()})
     check_outlives_job(settings.output_path, "--output-path")
     verifier = read_verifier_config(settings.verifier_name_or_path)
+    if settings.trust_remote_code:
+        warn(f"--trust-remote-code: Python code that comes with {verifier.name_or_path} runs with your rights")
     chunks, conversations_sha256 = index_lines(settings.conversations_path)
     load_tokenizer(verifier.name_or_path, settings.trust_remote_code)  # or say at once that there is none
     with ray_session():

@@ -115,6 +115,18 @@ def test_second_run_writes_no_sample_and_loads_no_verifier(world: World, capsys:
     assert f"samples       0 to generate, {len(trainable())} there already" in capsys.readouterr().out
 
 
+def test_code_of_others_is_said_aloud_and_off_unless_asked_for(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world.run()
+    assert "runs with your rights" not in capsys.readouterr().out
+    world.run(trust_remote_code=True)
+    assert (
+        f"warning: --trust-remote-code: Python code that comes with {world.folder / 'verifier'}"
+        in capsys.readouterr().out
+    )
+
+
 def test_missing_and_damaged_files_are_generated_again_and_only_they(world: World) -> None:
     names = [f"data_{number}.pt" for number in trainable()]
     missing, cut, empty, other = (world.output_path / name for name in names[:4])
