@@ -2,7 +2,8 @@
 
 Ray Train's watcher tells each worker. The public way to read it, `ray.train.get_preemption_info`, is a barrier of all
 ranks through an actor, too slow for every step; here rank 0 alone looks at what its own process was told, and its wish
-to save travels with the step's reduction. When the node goes, Ray Train starts the workers anew from that checkpoint.
+to save travels with the step's reduction. When the node goes, Ray Train starts the workers anew from that checkpoint;
+without `--max-failures` only if it hears of the lost node before it hears of the lost worker.
 """
 
 import time

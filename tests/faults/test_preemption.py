@@ -50,7 +50,8 @@ def test_the_ranks_save_before_their_node_goes_and_go_on_bit_for_bit(
     node = cluster.add_node(num_cpus=2)
     cluster.wait_for_nodes()
     run(make_settings(calm, num_workers=3, bins_per_step=3, epochs=EPOCHS))
-    training = ThreadedRun(make_settings(hit, num_workers=3, bins_per_step=3, epochs=EPOCHS))
+    # Ray Train counts it as a failure if it hears of the lost worker before it hears of the lost node.
+    training = ThreadedRun(make_settings(hit, num_workers=3, bins_per_step=3, epochs=EPOCHS, max_failures=1))
     training.wait_for((hit / "run" / "0" / "COMMITTED").exists, "the first epoch's end")
     # A notice that comes before Ray Train's watcher is up is seen by it all the same, but this run is short.
     training.wait_for(lambda: "ray::PreemptionWatcher" in descendants(os.getpid()).values(), "Ray Train's watcher")
