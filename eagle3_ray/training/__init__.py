@@ -1,5 +1,5 @@
-"""One rank's life: restore, stream bins, step, log, validate, save.
+"""One rank's life: restore, stream bins, step, log, validate, save; and what it does when something goes wrong.
 
-`loop.py` tells the story; only it and the progress board import Ray, so `step.py`, `sharding.py` and the model run
-anywhere torch runs.
+`loop.py` tells the story. `ready.py`, `step.py`, `sharding.py` and the model know no Ray, so they run anywhere torch
+runs.
 """
