@@ -16,6 +16,7 @@ update of the weights, a *ttt_step* one of the guesses in a row that a step trai
     console.py              what a command tells its user: text, or JSON
     stopping.py             signals that end a command with its work saved
     machine.py              what this machine, or its container, has
+    background.py           work in a thread, for one that goes on meanwhile
     metrics.py  loggers.py  what is measured, and where it goes
     data/                   from bytes on disk to bins on a rank
     model/                  EAGLE-3; knows nothing of Ray, files or ranks
