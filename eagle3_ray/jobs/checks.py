@@ -136,10 +136,15 @@ def see_layers(settings: TrainSettings, verifier: VerifierInfo) -> Seen[tuple[in
     return Seen(ids, f"auxiliary layers {', '.join(map(str, ids))}", fields={"aux_layer_ids": list(ids)})
 
 
-def see_data(settings: TrainSettings, verifier: VerifierInfo, aux_layer_ids: tuple[int, ...]) -> Seen[Samples]:
-    """Look at every sample, and pack them."""
+def see_data(
+    settings: TrainSettings,
+    verifier: VerifierInfo,
+    aux_layer_ids: tuple[int, ...],
+    checkpoint: CommittedCheckpoint | None,
+) -> Seen[Samples]:
+    """Look at every sample, and pack them, as a run would that goes on from the checkpoint."""
     quarantine = new_quarantine(settings)
-    index = choose_samples(settings, resolve_sample_spec(settings, verifier, aux_layer_ids), None, quarantine)
+    index = choose_samples(settings, resolve_sample_spec(settings, verifier, aux_layer_ids), checkpoint, quarantine)
     split = plan_split(index, settings)
     plan, validation_plan = split.plan, split.validation_plan
     num_tokens = int(index.num_tokens.sum())

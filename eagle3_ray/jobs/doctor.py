@@ -4,8 +4,9 @@ The checks call what `train` calls, in its order. One that finds a problem does 
 from what it would have found are skipped, and say so. Nothing is written that stays, but the samples' index cache.
 
     Ray - workers - object store             save path - nodes - versions, places
-    verifier - layers - data                 run folder - steps - resume
-                 `- vocabulary - draft                      `- disk, memory, time
+    run folder - data                        data - steps - resume
+    verifier - layers - data                           `- disk, memory, time
+                 `- vocabulary - draft
 """
 
 import contextlib
@@ -56,7 +57,9 @@ def examine(settings: TrainSettings, num_timed_steps: int, report: Report, stack
     verifier = report.check("verifier", lambda: see_verifier(reading.result()))
     layers = report.check("layers", lambda: see_layers(settings, verifier.value), [verifier])
     report.check("object store", lambda: see_object_store(settings, verifier.value, layers.value), [started, layers])
-    data = report.check("data", lambda: see_data(settings, verifier.value, layers.value), [started, layers])
+    folder = report.check("run folder", lambda: see_run_folder(settings))
+    checkpoint = None if folder.seen is None else folder.value
+    data = report.check("data", lambda: see_data(settings, verifier.value, layers.value, checkpoint), [started, layers])
     vocabulary = report.check("vocabulary", lambda: see_vocabulary(settings, verifier.value), [started, verifier])
     draft = report.check(
         "draft", lambda: see_draft(settings, verifier.value, vocabulary.value, layers.value), [vocabulary, layers]
@@ -65,14 +68,12 @@ def examine(settings: TrainSettings, num_timed_steps: int, report: Report, stack
     nodes = report.check("nodes", lambda: see_nodes(settings, save_path, data, verifier), [started])
     report.check("versions", lambda: see_versions(nodes.value), [nodes])
     report.check("places", lambda: see_places(nodes.value), [nodes])
-    folder = report.check("run folder", lambda: see_run_folder(settings))
     steps = report.check(
         "steps",
         lambda: see_steps(settings, data.value.split.plan, workers.value, folder.value),
         [workers, data, folder],
     )
-    if folder.seen is not None and folder.value is not None:
-        checkpoint = folder.value
+    if checkpoint is not None:
         report.check(
             "resume",
             lambda: see_resume(settings, checkpoint, draft.value, vocabulary.value, data.value, steps.value),

@@ -9,7 +9,6 @@ from eagle3_ray.config import TrainSettings
 from eagle3_ray.data.packing import BinSchedule, PackingPlan
 from eagle3_ray.data.source import BinSource
 from eagle3_ray.data.vocab import VocabMapping
-from eagle3_ray.errors import CheckpointError
 from eagle3_ray.jobs.cluster import WorkerRequest, cluster_resources, counted
 from eagle3_ray.jobs.decide import SplitPlan, build_schedule, resolve_sample_spec, resolve_stop_step
 from eagle3_ray.jobs.findings import Seen
@@ -18,7 +17,7 @@ from eagle3_ray.machine import usable_cpus
 from eagle3_ray.model.config import DraftConfig
 from eagle3_ray.model.verifier import VerifierInfo
 from eagle3_ray.storage import ObjectPath, StoragePath
-from eagle3_ray.training.disk_space import checkpoint_bytes
+from eagle3_ray.training.disk_space import check_room, checkpoint_bytes
 from eagle3_ray.training.estimate import BinSize, estimate_memory
 from eagle3_ray.training.rank import resolve_compute_dtype
 from eagle3_ray.training.run_folder import CommittedCheckpoint
@@ -84,11 +83,8 @@ def see_disk(
         return Seen(None, f"{taken} of the object store", fields=fields)
     free_bytes = shutil.disk_usage(folder).free
     fields["free_bytes"] = free_bytes
-    if number and free_bytes < one_bytes:
-        raise CheckpointError(
-            f"{folder}: a checkpoint takes {tell_bytes(one_bytes)}, {tell_bytes(free_bytes)} are free. "
-            "Make room, or choose another --save-path."
-        )
+    if number:
+        check_room(folder, one_bytes)
     found = f"{taken}; {tell_bytes(free_bytes)} are free in {folder}"
     if free_bytes < number * one_bytes:
         return Seen(None, found, "Make room, save less often, or have old ones removed: --keep-last 3.", (), fields)

@@ -21,7 +21,8 @@ def learn_outcome(rank: Rank) -> None:
         return
     pending, rank.pending = rank.pending, None
     outcome = pending.result.wait()
-    rank.is_stopping, rank.is_saving = outcome.wishes
+    rank.is_stopping = outcome.wishes.stop
+    rank.is_saving |= outcome.wishes.save  # until it is done: two steps may be learnt of before that
     if outcome.is_left_out:
         take_note_of_left_out(rank, pending.step, outcome)
     else:

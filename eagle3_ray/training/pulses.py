@@ -9,9 +9,8 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-SILENT_FRAC = (
-    0.5  # of the time without progress after which a rank is stuck: unheard of for so long, its process stands
-)
+# Of the time without progress after which a rank is stuck: one not heard of for so long stands still.
+SILENT_FRAC = 0.5
 
 
 class Mark(NamedTuple):

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from eagle3_ray.config import TrainSettings
+from eagle3_ray.data.bad_files import MAX_FILES_NAMED
 from eagle3_ray.data.packing import BinSchedule
 from eagle3_ray.data.pipeline import BinSource
 from eagle3_ray.data.source import BinOrder
@@ -39,8 +40,6 @@ from eagle3_ray.training.startup import Laps
 from eagle3_ray.training.step import StepResult, StepSettings
 from eagle3_ray.training.telemetry import RayGauges, last_validation
 from eagle3_ray.training.watch import Watch
-
-MAX_FILES_NAMED = 20
 
 
 class PendingStep(NamedTuple):

@@ -21,8 +21,8 @@ from tests.makers import write_samples
 PARITY = Path(__file__).parents[1] / "parity" / "small"
 LENGTHS = [33] * 9  # 32 positions each: two fill a bin of 64
 CHECKS = [
-    "Ray", "workers", "verifier", "layers", "object store", "data", "vocabulary", "draft", "save path", "nodes",
-    "versions", "places", "run folder", "steps", "disk", "memory",
+    "Ray", "workers", "verifier", "layers", "object store", "run folder", "data", "vocabulary", "draft", "save path",
+    "nodes", "versions", "places", "steps", "disk", "memory",
 ]  # fmt: skip
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -232,6 +232,19 @@ def test_a_checkpoint_of_another_run_is_a_problem(
     exit_code, checks = examine(folder, capsys, "--epochs", "3", "--ttt-steps", "2")
     assert exit_code == 4 and checks["resume"]["result"] == "problem"
     assert "ttt_steps was 3, is 2" in checks["resume"]["message"] and checks["memory"]["result"] == "ok"
+
+
+def test_a_file_of_the_plan_that_went_bad_does_not_make_it_another_run(
+    folder: Path, trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(trained, folder / "run", symlinks=True)
+    (folder / "data" / "data_3.pt").write_bytes(b"no sample")
+    leave_out = ("--on-bad-sample", "quarantine", "--max-bad-frac", "0.2")
+    before = everything_in(folder / "run")
+    exit_code, checks = examine(folder, capsys, "--epochs", "3", *leave_out)
+    assert exit_code == 0 and checks["resume"]["result"] == "ok"
+    assert checks["data"]["result"] == "warning" and checks["data"]["left_out"] == 1
+    assert everything_in(folder / "run") == before
 
 
 def test_a_vocabulary_that_is_not_there_yet_is_not_made(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
