@@ -16,6 +16,7 @@ differ.
 
 import argparse
 import contextlib
+import datetime
 import json
 import os
 import random
@@ -28,11 +29,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import ray
 import torch
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.utils._pytree import tree_leaves_with_path
 
+from eagle3_ray.machine import usable_cpus
 from eagle3_ray.training.run_folder import latest_committed
 from tests.makers import write_samples
 from tests.runs import PARITY, ROOT, descendants, wait_until
@@ -207,6 +210,11 @@ def compare(num_steps: int, kinds: list[str], seed: int, folder: Path) -> dict[s
         if one is not None
     ]
     return {
+        "benchmark": "chaos",
+        "date": datetime.date.today().isoformat(),
+        "device": f"cpu x{usable_cpus()}",
+        "torch": torch.__version__,
+        "ray": ray.__version__,
         "steps": num_steps,
         **found,
         "calm_s": round(calm_s, 1),

@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,7 +32,7 @@ from eagle3_ray.training.run_folder import find_committed
 from eagle3_ray.training.sharding import build_sharded_draft
 from eagle3_ray.training.step import StepSettings, train_step
 from tests.makers import BAD_FILES, make_spec, write_bad_file, write_sample, write_samples
-from tests.runs import LENGTHS, SHAPE, make_settings, wait_until
+from tests.runs import LENGTHS, SHAPE, Command, make_settings, wait_until
 from tests.unit.training.ranks import run_on_ranks
 from tests.unit.training.world import load_mapping
 
@@ -308,16 +306,7 @@ def test_a_killed_run_goes_on_as_planned_whatever_became_of_the_files(folder: Pa
     """Of the files of the plan one is cut short, one gone; a new one and a mended one change nothing."""
     cut_short(folder / "data" / "data_3.pt")  # in no plan
     settings = settings_for(folder, max_bad_frac=0.3, checkpoint_every_steps=1, epochs=500)
-    config = folder / "settings.yaml"
-    config.write_text(json.dumps(settings.model_dump(mode="json", exclude={"config"})))
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "eagle3_ray", "train", "--config", str(config)],
-        start_new_session=True,
-        env=environment,
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-    )
+    process = Command("train", settings, folder).process
     try:
         wait_until(lambda: (folder / "run" / "step-000001" / "COMMITTED").exists(), "a checkpoint")
     finally:

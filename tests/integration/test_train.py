@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +19,7 @@ from tests.runs import (
     LENGTHS,
     PARITY,
     SHAPE,
+    Command,
     ThreadedRun,
     assert_same_run,
     load_state,
@@ -177,19 +176,10 @@ def test_a_step_does_not_wait_for_a_checkpoint_the_next_save_does_and_its_disk_e
 
 def test_a_killed_command_goes_on_when_it_is_typed_again(straight: Path, folder: Path, tmp_path: Path) -> None:
     settings = make_settings(folder, checkpoint_every_steps=1)
-    config = folder / "settings.yaml"
-    config.write_text(json.dumps(settings.model_dump(mode="json", exclude={"config"})))
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "eagle3_ray", "train", "--config", str(config)],
-        start_new_session=True,
-        env=environment,
-        cwd=Path(__file__).parents[2],
-        stdout=subprocess.DEVNULL,
-    )
+    command = Command("train", settings, folder)
     wait_until(lambda: (folder / "run" / "step-000002" / "COMMITTED").exists(), "a checkpoint")
-    os.killpg(process.pid, signal.SIGKILL)  # the driver, its Ray, and every worker
-    process.wait()
+    os.killpg(command.process.pid, signal.SIGKILL)  # the driver, its Ray, and every worker
+    command.process.wait()
     assert not (folder / "run" / "1").exists()
     run(settings)
     assert_same_run(folder, straight, tmp_path)
