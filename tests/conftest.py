@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from eagle3_ray.console import use_log_format
 from eagle3_ray.storage import ObjectPath, _open_filesystem
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -23,6 +24,12 @@ os.environ.setdefault("WANDB_MODE", "offline")
 torch.set_num_threads(2)
 
 PARITY = Path(__file__).parent / "parity" / "small"
+
+
+@pytest.fixture(autouse=True)
+def text_for_people() -> None:
+    """A process speaks in one way; a command that an earlier test ran in this one may have asked for JSON."""
+    use_log_format("text")
 
 
 @pytest.fixture(scope="session")
