@@ -8,7 +8,8 @@ update of the weights, a *ttt_step* one of the guesses in a row that a step trai
                      vocab-mapping: token counts -> d2t, t2d ------------------^
 
     cli.py  __main__.py     verbs and exit codes; imports a job only when its settings are whole
-    config.py  schema.py    every setting: name, default, meaning, checks; nothing else states a default
+    config.py  verbs.py     every setting: name, default, meaning, checks; nothing else states a default
+    schema.py               what every group of settings has in common
     flags.py                the schema as flags, and as the README's tables
     settings_file.py        the schema as YAML: --config and run.yaml
     errors.py               the errors raised on purpose, each with its exit code
@@ -22,10 +23,12 @@ update of the weights, a *ttt_step* one of the guesses in a row that a step trai
     model/                  EAGLE-3; knows nothing of Ray, files or ranks
     training/               one rank's life
     generation/             a verifier's hidden states to samples on disk
+    evaluation/             a draft decodes beside its verifier, as in serving
     export.py               a checkpoint to the folder a server loads
+    report/                 what runs have logged, as one page
     jobs/                   a verb a file
 
-Imports go down one way, cli -> jobs -> training, generation, export -> data, model -> errors;
+Imports go down one way, cli -> jobs -> report, training, evaluation, generation, export -> data, model -> errors;
 `tests/test_architecture.py` holds the table. Reading order: config, data/samples, data/batch, model/draft,
 training/step, training/loop, jobs/train.
 """

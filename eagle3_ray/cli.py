@@ -19,13 +19,14 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from eagle3_ray import __version__
-from eagle3_ray.config import VERBS, OutputSettings
+from eagle3_ray.config import PRESETS, OutputSettings
 from eagle3_ray.console import complain, use_log_format
 from eagle3_ray.errors import Eagle3RayError, UsageError
 from eagle3_ray.flags import Flag, flag_groups, flag_name, flags_of
 from eagle3_ray.schema import Settings
 from eagle3_ray.settings_file import read_settings_file
 from eagle3_ray.stopping import Stopped, stop_signals
+from eagle3_ray.verbs import VERBS
 
 # pydantic's kinds of problem in our words; the names in braces come with the problem.
 PROBLEMS = {
@@ -46,6 +47,7 @@ PROBLEMS = {
     "string_too_short": "must not be empty",
     "path_type": "must be a path",
     "tuple_type": "must be a list, such as [2, 4, 5]",
+    "too_short": "must name at least {min_length}",
     "literal_error": "must be {expected}",
     "value_error": "{error}",
 }
@@ -142,6 +144,8 @@ def read_settings(verb: str, arguments: Sequence[str]) -> Settings:
     given = read_flags(verb, arguments)
     path = given.pop("config", None)
     from_file = {} if path is None else read_settings_file(Path(path))
+    if given.get("preset") is not None:  # a flag: what a file says of the same settings gives way to it
+        from_file = {name: value for name, value in from_file.items() if name not in PRESETS["eagle3"]}
     try:
         return settings_class.model_validate({**from_file, **given})
     except ValidationError as error:
@@ -191,7 +195,8 @@ def _flag_types(flags: Iterable[Flag]) -> dict[str, Any]:
         hint = "(required)" if flag.default is None else f"(default: {flag.default})"
         told = tyro.conf.arg(help=flag.meaning, help_behavior_hint=hint, metavar=flag.metavar or None)
         text = bool if flag.is_switch else tuple[str, ...] if flag.is_list else str
-        types[flag.field] = Annotated[text, told]
+        typed: Any = Annotated[text, told]
+        types[flag.field] = tyro.conf.Positional[typed] if flag.is_positional else typed  # type: ignore[misc]
     return types
 
 
@@ -208,7 +213,8 @@ def _describe(detail: ErrorDetails, flags: Mapping[str, Flag], given: Mapping[st
         return what.split("\n")
     field = str(detail["loc"][0])
     if detail["type"] == "missing":
-        return [f"{flag_name(field)}: is required, as a flag or in the file of --config"]
+        typed = "typed" if flags[field].is_positional else "as a flag"
+        return [f"{flags[field].name}: is required, {typed} or in the file of --config"]
     if detail["type"] == "extra_forbidden":
         return [f"{field} (in {path}): no such setting{_did_you_mean(field, flags)}"]
     if len(detail["loc"]) > 1:
@@ -222,4 +228,4 @@ def _as_typed(flag: Flag, value: Any) -> str:
     if flag.is_switch:
         return flag.name if value else flag.negation
     words = value if flag.is_list and value is not None else [value]
-    return " ".join([flag.name, *(str(word) or "''" for word in words)])
+    return " ".join([*([] if flag.is_positional else [flag.name]), *(str(word) or "''" for word in words)])

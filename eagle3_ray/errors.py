@@ -55,6 +55,10 @@ class VerifierError(DataError):
     """The verifier's config or one of the few tensors needed from it is missing or unsupported."""
 
 
+class PretrainedDraftError(DataError):
+    """A draft to begin with cannot be read, or is of another shape than the run's."""
+
+
 class CheckpointError(Eagle3RayError):
     """A checkpoint cannot be saved, found, trusted or restored."""
 

@@ -3,7 +3,8 @@
     speculators                              sglang
     layers.0.self_attn.q_proj.weight ...     midlayer.self_attn.q_proj.weight ...
     embed_tokens.weight                      (taken from the verifier)
-    fc, norm, lm_head, d2t, t2d              the same
+    fc, norm, lm_head                        the same
+    d2t, t2d: absent for a full vocabulary   the same
     id k: the state that enters layer k      id k-1: the layer whose output that is
 
 Nothing appears under the output's name before it was written, reopened and compared tensor by tensor.
@@ -140,7 +141,7 @@ def build_sglang_config(config: SpeculatorsConfig, checkpoint: StoragePath) -> d
     if aux_layer_ids is not None:
         eagle_config["eagle_aux_hidden_state_layer_ids"] = aux_layer_ids
     return {
-        **layer.model_dump(),
+        **layer.model_dump(exclude={"layer_types", "sliding_window", "use_sliding_window"}),
         "architectures": ["LlamaForCausalLMEagle3"],
         "draft_vocab_size": config.draft_vocab_size,
         "dtype": config.dtype or "bfloat16",
@@ -164,6 +165,9 @@ def _find_sglang_problems(config: SpeculatorsConfig) -> list[str]:
         "norm_output true: it hands on the hidden state before the norm": config.norm_output,
         "embed_requires_grad true: it takes the verifier's embedding": config.embed_requires_grad,
         f"model_type {layer.model_type}: it has no q/k norms": layer.model_type != "llama",
+        f"sliding_window {layer.sliding_window}: it reads none from config.json": (
+            "sliding_attention" in (layer.layer_types or ())
+        ),
         f"hidden_act {layer.hidden_act}: it has silu only": layer.hidden_act != "silu",
         f"auxiliary layers {list(ids)}: its fc reads {SGLANG_NUM_AUX_LAYERS} states": len(ids) != SGLANG_NUM_AUX_LAYERS,
     }

@@ -18,10 +18,10 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from eagle3_ray.config import VERBS
 from eagle3_ray.errors import UsageError
-from eagle3_ray.schema import Settings, alternatives_of
+from eagle3_ray.schema import WORDS, Settings, alternatives_of
 from eagle3_ray.storage import ObjectPath
+from eagle3_ray.verbs import VERBS
 
 _METAVARS = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH", ObjectPath: "PATH|URL"}
 _DEFAULT = "Default: "
@@ -33,12 +33,13 @@ class Flag:
 
     Attributes:
         field: Name of the field, `total_seq_len`.
-        name: The flag, `--total-seq-len`.
+        name: The flag, `--total-seq-len`; of words without one, what stands for them: `RUN`.
         kind: What it holds, None left out: `int`, `bool`, `Path`, a Literal or a tuple.
         metavar: What its value looks like, `INT`; empty for a switch.
         meaning: Help text, without the default.
         default: As told to a reader; None if the flag is required.
         is_nullable: Whether `none` is a value.
+        is_positional: Whether its words are typed without a flag.
     """
 
     field: str
@@ -48,6 +49,7 @@ class Flag:
     meaning: str
     default: str | None
     is_nullable: bool
+    is_positional: bool
 
     @property
     def is_switch(self) -> bool:
@@ -151,20 +153,30 @@ def _flags_declared_by(declaring: type[Settings], settings_class: type[Settings]
 
 def _flag(name: str, field: FieldInfo) -> Flag:
     assert field.description is not None, name
-    kind = alternatives_of(field.annotation)[-1]  # of a path that may be a URL: ObjectPath
+    *others, kind = alternatives_of(field.annotation)  # of a path that may be a URL: ObjectPath
     meaning, _, default_text = field.description.partition(_DEFAULT)
+    word = words_of(field)
     return Flag(
         field=name,
-        name=flag_name(name),
+        name=word or flag_name(name),
         kind=kind,
-        metavar=_metavar(kind),
+        metavar=f"{word} [{word} ...]" if word else _metavar(kind, others),
         meaning=meaning.strip(),
         default=None if field.is_required() else default_text.rstrip(".") or _tell(field.default),
         is_nullable=NoneType in get_args(field.annotation),
+        is_positional=word is not None,
     )
 
 
-def _metavar(kind: Any) -> str:
+def words_of(field: FieldInfo) -> str | None:
+    """Return what stands for the words of a field that is typed without a flag: `schema.words`; None of others."""
+    extra = field.json_schema_extra
+    return str(extra[WORDS]) if isinstance(extra, dict) and WORDS in extra else None
+
+
+def _metavar(kind: Any, others: list[Any]) -> str:
+    if get_origin(kind) is Literal and others:
+        return "|".join([*map(_METAVARS.__getitem__, others), *get_args(kind)])
     if get_origin(kind) is Literal:
         return "{" + ",".join(str(choice) for choice in get_args(kind)) + "}"
     if get_origin(kind) is tuple:
@@ -184,7 +196,10 @@ def _first_line(settings_class: type[Settings]) -> str:
 
 
 def _table_row(flag: Flag) -> str:
-    typed = f"`{flag.name}`, `{flag.negation}`" if flag.is_switch else f"`{flag.name} {flag.metavar}`"
+    if flag.is_positional:
+        typed = f"`{flag.metavar}`"
+    else:
+        typed = f"`{flag.name}`, `{flag.negation}`" if flag.is_switch else f"`{flag.name} {flag.metavar}`"
     default = "required" if flag.default is None else flag.default
     return (
         "| "

@@ -11,6 +11,8 @@ from dataclasses import dataclass, fields
 import numpy as np
 import numpy.typing as npt
 
+from eagle3_ray.intervals import chain_half_widths
+
 TRAIN, VAL = "train", "val"
 LEFT_OUT_STEPS = f"{TRAIN}/left_out_steps"
 
@@ -44,6 +46,13 @@ METRICS = (
     Metric(
         "cond_acc_{k}", "share", "Positions right at TTT step k among those right at every earlier step.", (TRAIN, VAL)
     ),
+    Metric("acceptance_{k}", "share", "Positions whose first k+1 drafted tokens are all right.", (VAL,)),
+    Metric(
+        "acceptance_ci_{k}",
+        "share",
+        "Half the width of its 95 % interval, by how much it varies from bin to bin.",
+        (VAL,),
+    ),
     Metric(
         "expected_tokens",
         "tokens",
@@ -51,6 +60,7 @@ METRICS = (
         "the share of positions whose first j drafted tokens are all right.",
         (TRAIN, VAL),
     ),
+    Metric("expected_tokens_ci", "tokens", "Half the width of its 95 % interval, as above.", (VAL,)),
     Metric("lr", "1", "Learning rate of the step.", (TRAIN,)),
     Metric("grad_norm", "1", "Global gradient norm before clipping.", (TRAIN,)),
     Metric("tokens_per_s", "tokens/s", "Positions trained a second over all workers, padding not counted.", (TRAIN,)),
@@ -145,6 +155,20 @@ def summarize(sums: TttSums, decay: float, prefix: str) -> dict[str, float]:
     values[f"{prefix}/loss"] = np.nansum(weight_P * loss_P) if sums.count.any() else np.nan
     values[f"{prefix}/expected_tokens"] = 1.0 + _divide(sums.prefix_right, sums.prefix_count).sum()
     return {name: float(value) for name, value in values.items() if not np.isnan(value)}
+
+
+def summarize_spread(moments: npt.NDArray[np.float64]) -> dict[str, float]:
+    """Return validation's acceptance [P] and half the widths of its intervals; what has none is left out.
+
+    Args:
+        moments: [2P+1, 2P+1] `intervals.cross_moments` of (prefix_right, prefix_count) of all bins.
+    """
+    right, reached = np.split(moments[-1, :-1], 2)
+    half_widths, of_sum = chain_half_widths(moments)
+    per_step = {"acceptance": _divide(right, reached), "acceptance_ci": half_widths}
+    values = {f"{VAL}/{name}_{k}": float(value) for name, found in per_step.items() for k, value in enumerate(found)}
+    values[f"{VAL}/expected_tokens_ci"] = of_sum
+    return {name: value for name, value in values.items() if not np.isnan(value)}
 
 
 def _divide(numerator: npt.NDArray[np.float64], count: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

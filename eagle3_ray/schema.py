@@ -8,6 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from eagle3_ray.storage import ObjectPath, StoragePath, is_remote, to_path
 
+# In a field's json_schema_extra: its values are words without a flag, and what stands for each in the usage.
+WORDS = "words"
+
 
 def alternatives_of(annotation: Any) -> tuple[Any, ...]:
     """Return the types a field may hold, None left out: `int | None` gives `(int,)`."""
@@ -43,9 +46,20 @@ class Settings(BaseModel):
                 raise ValueError("must be a number")
             if isinstance(value, str) and kind is Path:
                 value = _read_path(value, may_be_remote=ObjectPath in kinds)
+            if get_origin(kind) is tuple and Path in (inner := alternatives_of(get_args(kind)[0])):
+                value = _read_paths(value, may_be_remote=ObjectPath in inner)
             if isinstance(value, str) and get_origin(kind) is Literal:
                 value = {str(choice): choice for choice in get_args(kind)}.get(value, value)
         return value
+
+
+def _read_paths(value: Any, may_be_remote: bool) -> Any:
+    """Return a list's texts as paths; what is no list of texts is for the schema to refuse."""
+    if not isinstance(value, list | tuple):
+        return value
+    if not all(isinstance(item, str | Path | ObjectPath) for item in value):
+        raise ValueError("must be paths")
+    return tuple(_read_path(item, may_be_remote) if isinstance(item, str) else item for item in value)
 
 
 def _read_path(text: str, may_be_remote: bool) -> StoragePath:

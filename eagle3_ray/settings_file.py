@@ -14,6 +14,20 @@ from eagle3_ray.schema import Settings
 from eagle3_ray.storage import StoragePath, write_atomically
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads `2:8` as it is written; YAML 1.1 would take it for 2 minutes and 8 seconds, 128."""
+
+    def construct_number(self, node: yaml.ScalarNode) -> int | float | str:
+        if ":" in node.value:
+            return str(node.value)
+        is_int = node.tag.endswith(":int")
+        return self.construct_yaml_int(node) if is_int else self.construct_yaml_float(node)
+
+
+for _tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float"):
+    _Loader.add_constructor(_tag, _Loader.construct_number)
+
+
 def read_settings_file(path: Path) -> dict[str, Any]:
     """Read settings by field name; their values are checked later, together with the flags.
 
@@ -21,24 +35,33 @@ def read_settings_file(path: Path) -> dict[str, Any]:
         UsageError: The file cannot be read, is not YAML, is no mapping of names, names a setting twice, or names
             another file.
     """
+    return _read(path, f"--config {path}")
+
+
+def read_run_yaml(path: StoragePath) -> dict[str, Any]:
+    """Read what `write_run_yaml` wrote. Errors as in `read_settings_file`."""
+    return _read(path, str(path))
+
+
+def _read(path: StoragePath, told: str) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         keys = _keys_as_written(yaml.compose(text, Loader=yaml.SafeLoader))
-        values = yaml.safe_load(text)
+        values = yaml.load(text, Loader=_Loader)
     except OSError as error:
-        raise UsageError(f"--config {path}: cannot be read ({error.strerror}).") from error
+        raise UsageError(f"{told}: cannot be read ({error.strerror}).") from error
     except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"--config {path}: is not YAML: {error}") from error
+        raise UsageError(f"{told}: is not YAML: {error}") from error
     if values is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise UsageError(f"--config {path}: expected lines of the form `name: value`, such as `epochs: 3`.")
+        raise UsageError(f"{told}: expected lines of the form `name: value`, such as `epochs: 3`.")
     names = [key.replace("-", "_") for key in keys]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
-        raise UsageError(f"--config {path}: sets {', '.join(repeated)} more than once. Keep one line of each.")
+        raise UsageError(f"{told}: sets {', '.join(repeated)} more than once. Keep one line of each.")
     if "config" in names:
-        raise UsageError(f"--config {path}: sets config, but a file cannot name another file. Remove that line.")
+        raise UsageError(f"{told}: sets config, but a file cannot name another file. Remove that line.")
     return {key.replace("-", "_"): value for key, value in values.items()}
 
 

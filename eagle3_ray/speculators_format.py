@@ -1,5 +1,7 @@
 """The Speculators folder that vLLM loads, as a check: config.json, tensor names, shapes, dtypes, d2t and t2d.
 
+A draft that can say all of the verifier's tokens may be without d2t and t2d.
+
 The check knows the format from its definition, not from the code that writes it. It refuses config keys it
 does not know, because an unknown key may change what a server computes.
 """
@@ -15,6 +17,7 @@ from torch import Tensor
 from eagle3_ray.errors import CheckpointError
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+MAPPING = ("d2t", "t2d")
 SAFETENSORS_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -77,6 +80,9 @@ class LayerSection(_Section):
     rms_norm_eps: float = Field(gt=0)
     rope_parameters: RopeSection
     vocab_size: PositiveInt
+    layer_types: tuple[Literal["full_attention", "sliding_attention"], ...] | None = None
+    sliding_window: PositiveInt | None = None
+    use_sliding_window: bool = False
     attention_bias: Literal[False] = False
     mlp_bias: Literal[False] = False
     tie_word_embeddings: Literal[False] = False
@@ -127,7 +133,7 @@ def check_speculators_folder(path: Path) -> SpeculatorsConfig:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
             found = {name: (tuple(piece.get_shape()), piece.get_dtype()) for name, piece in slices.items()}
             problems = _find_config_problems(config) + _find_tensor_problems(config, found)
-            if not problems:
+            if not problems and "d2t" in found:
                 problems = _find_mapping_problems(file.get_tensor("d2t"), file.get_tensor("t2d"))
     except (SafetensorError, OSError) as error:
         raise _not_servable(path, [f"{WEIGHTS_FILE}: cannot be read ({error})"]) from error
@@ -137,7 +143,7 @@ def check_speculators_folder(path: Path) -> SpeculatorsConfig:
 
 
 def expected_shapes(config: SpeculatorsConfig) -> dict[str, tuple[int, ...]]:
-    """Return every tensor's name and shape for a configuration."""
+    """Return every tensor's name and shape for a configuration; d2t and t2d too where they may be absent."""
     layer = config.transformer_layer_config
     hidden, num_aux = layer.hidden_size, len(config.eagle_aux_hidden_state_layer_ids)
     vocab, draft_vocab = layer.vocab_size, config.draft_vocab_size
@@ -184,6 +190,13 @@ def _find_config_problems(config: SpeculatorsConfig) -> list[str]:
         problems.append("norm_before_fc and fc_norm exclude each other")
     if config.draft_vocab_size > layer.vocab_size:
         problems.append(f"draft_vocab_size {config.draft_vocab_size} exceeds vocab_size {layer.vocab_size}")
+    if layer.layer_types is not None and len(layer.layer_types) != layer.num_hidden_layers:
+        problems.append(f"layer_types names {len(layer.layer_types)} layers of {layer.num_hidden_layers}")
+    if "sliding_attention" in (layer.layer_types or ()):
+        if layer.sliding_window is None:
+            problems.append("layer_types has sliding_attention, but there is no sliding_window")
+        if layer.model_type == "qwen3" and not layer.use_sliding_window:
+            problems.append("layer_types has sliding_attention, but use_sliding_window is not true")
     if layer.num_attention_heads % layer.num_key_value_heads:
         problems.append(f"{layer.num_attention_heads} heads do not share {layer.num_key_value_heads} key-value heads")
     return [f"{CONFIG_FILE}: {problem}" for problem in problems]
@@ -192,6 +205,8 @@ def _find_config_problems(config: SpeculatorsConfig) -> list[str]:
 def _find_tensor_problems(config: SpeculatorsConfig, found: dict[str, tuple[tuple[int, ...], str]]) -> list[str]:
     """Compare names, shapes and safetensors dtypes with what the configuration asks for."""
     shapes = expected_shapes(config)
+    if config.draft_vocab_size == config.transformer_layer_config.vocab_size and not found.keys() & MAPPING:
+        shapes = {name: shape for name, shape in shapes.items() if name not in MAPPING}
     problems = [f"{name} is missing" for name in sorted(shapes.keys() - found.keys())]
     problems += [f"{name} is not part of this draft" for name in sorted(found.keys() - shapes.keys())]
     both = sorted(shapes.keys() & found.keys())

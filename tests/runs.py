@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from eagle3_ray.config import GenerateSettings, TrainSettings
+from eagle3_ray.config import TrainSettings
 from eagle3_ray.jobs.train import run
+from eagle3_ray.verbs import GenerateSettings
 
 ROOT = Path(__file__).parents[1]
 PARITY = ROOT / "tests" / "parity" / "small"

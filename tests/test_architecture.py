@@ -19,10 +19,11 @@ PACKAGE = Path(__file__).parents[1] / "eagle3_ray"
 LAYERS: dict[str, set[str]] = {
     "": set(),
     "__main__": {"cli"},
-    "cli": {"", "config", "schema", "flags", "settings_file", "errors", "console", "stopping"},
-    "flags": {"config", "schema", "storage", "errors"},
+    "cli": {"", "config", "verbs", "schema", "flags", "settings_file", "errors", "console", "stopping"},
+    "flags": {"verbs", "schema", "storage", "errors"},
     "settings_file": {"schema", "storage", "errors"},
     "config": {"schema", "storage"},
+    "verbs": {"config", "schema", "storage"},
     "schema": {"storage"},
     "storage": {"errors"},
     "background": set(),
@@ -31,7 +32,8 @@ LAYERS: dict[str, set[str]] = {
     "machine": set(),
     "errors": set(),
     "versions": {""},
-    "metrics": set(),
+    "intervals": set(),
+    "metrics": {"intervals"},
     "loggers": {"metrics", "storage", "errors"},
     "speculators_format": {"errors"},
     "data": {"data", "storage", "errors"},
@@ -40,16 +42,36 @@ LAYERS: dict[str, set[str]] = {
         *("training", "model", "data", "config", "storage", "errors"),
         *("loggers", "metrics", "speculators_format", "versions", "background", "console", "machine"),
     },
-    "training.run_folder": {"storage", "errors"},
-    "generation": {"generation", "model", "data", "config", "storage", "errors"},
+    "training.run_folder": {"storage", "errors", "training.stagnation"},
+    "training.metrics_file": {"storage", "errors"},
+    "training.plan_file": {"storage", "errors"},
+    "generation": {"generation", "model", "data", "verbs", "storage", "errors"},
+    "evaluation": {
+        *("evaluation", "generation", "model", "data", "training.ready", "training.step"),
+        *("speculators_format", "intervals", "storage", "errors"),
+    },
     "demo": {"demo", "errors"},
     "export": {
         *("model", "data.vocab", "training.checkpoint", "training.run_folder"),
         *("speculators_format", "storage", "errors"),
     },
+    "report": {
+        *("", "report", "metrics", "settings_file", "storage", "errors"),
+        *("training.metrics_file", "training.plan_file", "training.run_folder"),
+    },
     "jobs": {
-        *("", "jobs", "training", "generation", "export", "demo", "model", "data"),
-        *("config", "errors", "loggers", "metrics", "settings_file", "speculators_format", "storage", "versions"),
+        *("", "jobs", "training", "generation", "evaluation", "export", "report", "demo", "model", "data"),
+        *(
+            "config",
+            "verbs",
+            "errors",
+            "loggers",
+            "metrics",
+            "settings_file",
+            "speculators_format",
+            "storage",
+            "versions",
+        ),
         *("background", "console", "machine", "stopping"),
     },
 }
@@ -69,13 +91,14 @@ LIBRARIES: dict[str, set[str]] = {
         *("training.saver", "training.stream", "training.telemetry"),
     },
     "torch.distributed.fsdp": {"training.sharding"},
-    "transformers": {"model", "generation", "demo", "jobs"},
+    "transformers": {"model", "generation", "evaluation", "demo", "jobs"},
     "wandb": {"loggers"},
     "trackio": {"loggers"},
     "torch.utils.tensorboard": {"loggers"},
     "tyro": {"cli"},
     "yaml": {"settings_file"},
     "pyarrow.fs": {"storage"},
+    "matplotlib": {"report.plots"},
 }
 
 HEAVY = {"torch", "ray", "transformers", "numpy", "pandas", "pyarrow", "safetensors"}
@@ -174,6 +197,15 @@ def test_workers_and_ray_trains_controller_start_without_transformers(module: st
     program = f"import sys, eagle3_ray.{module}\nsys.exit('transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], cwd=PACKAGE.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr or "it is imported, which takes every process seconds"
+
+
+def test_a_report_is_made_without_torch_and_ray() -> None:
+    program = (
+        "import sys, eagle3_ray.jobs.report, eagle3_ray.report.page\n"
+        "sys.exit(str(sorted({'torch', 'ray', 'transformers', 'pandas'} & set(sys.modules)) or ''))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=PACKAGE.parent, capture_output=True, text=True)
+    assert done.stderr.strip() == ""
 
 
 @pytest.mark.parametrize("module", ["step", "tokens"])

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 BLOCK_BYTES = 64 * 1024
 SMALL_TENSOR_BYTES = 1024 * 1024  # fetched whole, as are vectors of any length: ids and masks
+MSDOS_FOLDER = 0x10  # in an entry's external attributes
 
 
 class CompressedFile(ValueError):
@@ -30,18 +31,23 @@ class CompressedFile(ValueError):
 
 
 def check_stored(file: str | IO[bytes]) -> None:
-    """Look at a zip's directory alone: is every entry stored as it is, as torch.save does?
+    """Look at a zip's directory alone: is every entry a file stored as it is, as torch.save does?
 
-    torch.load does not ask when it maps a file, and would take compressed bytes for values.
+    torch.load does not ask when it maps a file, and would take compressed bytes for values. An entry that calls itself
+    a folder it takes for a file and reads nothing of: the values would be whatever the memory held before.
 
     Raises:
         CompressedFile: One is compressed.
+        BadZipFile: One is a folder.
         Exception: What zipfile raises on a damaged file.
     """
     with zipfile.ZipFile(file) as archive:
-        packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
-    if packed:
-        raise CompressedFile(packed[0])
+        entries = archive.infolist()
+    for entry in entries:
+        if entry.compress_type != zipfile.ZIP_STORED:
+            raise CompressedFile(entry.filename)
+        if entry.is_dir() or entry.external_attr & MSDOS_FOLDER:
+            raise zipfile.BadZipFile(f"{entry.filename} is a folder")
 
 
 def load_remote_file(path: ObjectPath) -> Any:

@@ -47,11 +47,21 @@ class VocabMapping:
         """The verifier id of each draft id, [V] int64, ascending."""
         return torch.arange(len(self.draft_to_verifier_offset)) + self.draft_to_verifier_offset
 
+    @property
+    def is_full(self) -> bool:
+        """Whether all of the verifier's ids are kept; a server needs no mapping then."""
+        return len(self.draft_to_verifier_offset) == len(self.in_draft_vocab)
+
     def digest(self) -> str:
         """Return a hex SHA-256 of the kept ids and W."""
         digest = hashlib.sha256(f"{len(self.in_draft_vocab)}".encode())
         digest.update(self.kept_ids.numpy().astype("<i8").tobytes())
         return digest.hexdigest()
+
+
+def full_vocab(vocab_size: int) -> VocabMapping:
+    """Keep all ids of a verifier of W."""
+    return keep_ids(torch.arange(vocab_size), vocab_size)
 
 
 def choose_vocab(counts: NDArray[np.int64], draft_vocab_size: int) -> VocabMapping:
@@ -71,9 +81,14 @@ def choose_vocab(counts: NDArray[np.int64], draft_vocab_size: int) -> VocabMappi
         )
     by_count = np.argsort(-counts, kind="stable")
     kept = np.sort(by_count[:draft_vocab_size]).astype(np.int64)
-    in_draft_vocab = np.zeros(len(counts), dtype=np.bool_)
-    in_draft_vocab[kept] = True
-    return VocabMapping(torch.from_numpy(kept - np.arange(draft_vocab_size)), torch.from_numpy(in_draft_vocab))
+    return keep_ids(torch.from_numpy(kept), len(counts))
+
+
+def keep_ids(kept_ids: Tensor, vocab_size: int) -> VocabMapping:
+    """Return the vocabulary of these ids [V] int64, ascending, out of W."""
+    in_draft_vocab = torch.zeros(vocab_size, dtype=torch.bool)
+    in_draft_vocab[kept_ids] = True
+    return VocabMapping(kept_ids - torch.arange(len(kept_ids)), in_draft_vocab)
 
 
 def read_token_freq(path: str, vocab_size: int) -> NDArray[np.int64]:

@@ -20,11 +20,11 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from eagle3_ray.errors import ClusterError, VerifierError
 from eagle3_ray.generation.verifier_copy import local_verifier
-from eagle3_ray.model.verifier import VerifierInfo
+from eagle3_ray.model.verifier import VerifierInfo, read_shard_index
 
 STORED_DTYPE = torch.bfloat16
 LAYER_LIST_NAMES = ("layers", "h")
@@ -53,7 +53,12 @@ def plan_batches(num_tokens: NDArray[np.int64], batch_tokens: int) -> list[NDArr
 
 
 class CapturingVerifier:
-    """A verifier's decoder without its head, with hooks that keep the states asked for."""
+    """A verifier's decoder without its head, with hooks that keep the states asked for.
+
+    Attributes:
+        captured: of the last pass: id -> [B, L, H] what entered that layer; by the number of layers, the last state.
+        final_norm: the decoder's.
+    """
 
     def __init__(self, name: str, decoder: nn.Module, aux_layer_ids: Sequence[int], num_layers: int) -> None:
         """Hook the decoder and prove on a few tokens that the hooks sit where they should.
@@ -71,13 +76,14 @@ class CapturingVerifier:
         self._decoder = decoder
         self._aux_layer_ids = tuple(aux_layer_ids)
         self._num_layers = num_layers
-        self._captured: dict[int, Tensor] = {}
+        self.captured: dict[int, Tensor] = {}
         layers = _find_child(name, decoder, LAYER_LIST_NAMES, "list of decoder layers")
         if not isinstance(layers, nn.ModuleList) or len(layers) != num_layers:
             raise VerifierError(
                 f"{name}: its config says {num_layers} layers; {type(decoder).__name__} has another list of them."
             )
         norm = _find_child(name, decoder, FINAL_NORM_NAMES, "final norm")
+        self.final_norm = norm
         entered = {layer_id: layers[layer_id] for layer_id in self._aux_layer_ids if layer_id < num_layers}
         for layer_id, module in {**entered, num_layers: norm}.items():  # what enters "layer n" is the last state
             module.register_forward_pre_hook(self._make_hook(layer_id), with_kwargs=True)
@@ -111,7 +117,7 @@ class CapturingVerifier:
         is_token = torch.arange(input_ids.shape[1]) < num_tokens[:, None]
         try:
             self._forward(input_ids, is_token)
-            states = [self._captured[i].to(STORED_DTYPE) for i in (*self._aux_layer_ids, self._num_layers)]
+            states = [self.captured[i].to(STORED_DTYPE) for i in (*self._aux_layer_ids, self._num_layers)]
             bad = torch.stack([~state.isfinite().all(dim=-1) for state in states]).cpu() & is_token  # sync: [A+1, B, L]
         except torch.OutOfMemoryError as error:
             raise ClusterError(
@@ -119,7 +125,7 @@ class CapturingVerifier:
                 f"the memory of {self.device}. Lower --batch-tokens, and --max-seq-len if the batch is a single sample."
             ) from error
         finally:
-            self._captured.clear()
+            self.captured.clear()
         if bool(bad.any()):
             number, sample, token = (int(i) for i in bad.nonzero()[0])
             state_name = (
@@ -135,14 +141,14 @@ class CapturingVerifier:
 
     def _make_hook(self, layer_id: int) -> Callable[..., None]:
         def keep_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._captured[layer_id] = args[0] if args else kwargs["hidden_states"]
+            self.captured[layer_id] = args[0] if args else kwargs["hidden_states"]
 
         return keep_input
 
     @torch.inference_mode()
     def _forward(self, input_ids: Tensor, is_token: Tensor, output_hidden_states: bool = False) -> Any:
         """Run the decoder on [B, L] ids; the hooks keep what was asked for."""
-        self._captured.clear()
+        self.captured.clear()
         positions = torch.arange(input_ids.shape[1], device=self.device).expand(input_ids.shape)
         return self._decoder(
             input_ids=input_ids.to(self.device),
@@ -156,10 +162,10 @@ class CapturingVerifier:
         """Compare what the hooks keep with transformers' own account of the same pass."""
         input_ids = torch.arange(NUM_PROBE_TOKENS)[None]
         outputs = self._forward(input_ids, torch.ones_like(input_ids, dtype=torch.bool), output_hidden_states=True)
-        expected, captured = outputs.hidden_states, dict(self._captured)
+        expected, captured = outputs.hidden_states, dict(self.captured)
         with torch.inference_mode():
             normed = norm(captured[self._num_layers])
-        self._captured.clear()
+        self.captured.clear()
         wrong = [i for i in self._aux_layer_ids if i < self._num_layers and not _same(captured[i], expected[i])]
         if wrong or len(expected) != self._num_layers + 1:
             raise VerifierError(
@@ -178,27 +184,49 @@ def load_verifier(
 ) -> CapturingVerifier:
     """Load a verifier onto one device; its head is dropped.
 
-    Args:
-        info: which one.
-        aux_layer_ids: see `CapturingVerifier`.
-        device: "cpu" or "cuda".
-        dtype: of weights and computation.
-        trust_remote_code: run Python code that comes with it.
+    Arguments as in `load_model` and `CapturingVerifier`.
 
     Raises:
         VerifierError: It cannot be loaded, weights are missing, or its states cannot be taken.
         ClusterError: It does not fit into the device's memory.
         StorageError: It lies on an object store that cannot be read.
     """
+    _, decoder = load_model(info, device, dtype, trust_remote_code, with_head=False)
+    return CapturingVerifier(info.name_or_path, decoder, aux_layer_ids, info.num_layers)
+
+
+def load_model(
+    info: VerifierInfo, device: str, dtype: torch.dtype, trust_remote_code: bool, *, with_head: bool
+) -> tuple[Any, nn.Module]:
+    """Load a verifier onto one device.
+
+    Args:
+        info: which one.
+        device: "cpu" or "cuda".
+        dtype: of weights and computation.
+        trust_remote_code: run Python code that comes with it.
+        with_head: all of it is needed; else its decoder alone is moved to the device.
+
+    Returns:
+        transformers' model, and in it the decoder: layers and final norm, without a head.
+
+    Raises:
+        VerifierError: It cannot be loaded, or weights are missing.
+        ClusterError: It does not fit into the device's memory.
+        StorageError: It lies on an object store that cannot be read.
+    """
+    read_shard_index(info.name_or_path)  # refuses files outside the folder, which transformers would read
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            local_verifier(info.name_or_path, with_weights=True),
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
+        path = local_verifier(info.name_or_path, with_weights=True)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        # A multimodal class is not listed among those of plain text, though it computes text as well.
+        is_plain = type(config) in AutoModelForCausalLM._model_mapping or hasattr(config, "auto_map")
+        auto_class: Any = AutoModelForCausalLM if is_plain else AutoModelForImageTextToText
+        model, report = auto_class.from_pretrained(
+            path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
         )
-        model, report = loaded
-        decoder = model.get_decoder().eval().to(device)
+        decoder = _decoder_of(model)
+        (model if with_head else decoder).eval().to(device)
     except torch.OutOfMemoryError as error:
         raise ClusterError(
             f"{info.name_or_path}: the verifier in {dtype} does not fit into the memory of one {device} device. "
@@ -206,14 +234,22 @@ def load_verifier(
         ) from error
     except LOAD_ERRORS as error:
         raise VerifierError(f"{info.name_or_path}: transformers cannot load the verifier: {error}") from error
-    missing = sorted(name for name in report["missing_keys"] if not name.startswith("lm_head."))
+    missing = sorted(name for name in report["missing_keys"] if with_head or not name.startswith("lm_head."))
     if missing:
         raise VerifierError(
             f"{info.name_or_path}: {len(missing)} tensors of the verifier are not in its files: "
             f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}. "
             "The folder must hold the verifier's full weights."
         )
-    return CapturingVerifier(info.name_or_path, decoder, aux_layer_ids, info.num_layers)
+    return model, decoder
+
+
+def _decoder_of(model: Any) -> nn.Module:
+    """Return the base model of the language part: layers and final norm, without a head."""
+    decoder: nn.Module = model.get_decoder()
+    # Llama 4 gives its language model with the head on.
+    children = dict(decoder.named_children())
+    return children["model"] if "lm_head" in children and "model" in children else decoder
 
 
 def _find_child(name: str, decoder: nn.Module, child_names: Sequence[str], what: str) -> nn.Module:

@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from eagle3_ray.config import GenerateSettings
 from eagle3_ray.errors import DataError, VerifierError
 from eagle3_ray.generation.conversations import LineChunk, iter_lines, parse_conversation
 from eagle3_ray.generation.hidden_states import CapturingVerifier, plan_batches
 from eagle3_ray.generation.loss_mask import TokenizedSample, TokenRules, tokenize_conversation
 from eagle3_ray.generation.output_folder import DataConfig, read_whole_sample, sample_path, write_sample
 from eagle3_ray.model.verifier import VerifierInfo
+from eagle3_ray.verbs import GenerateSettings
 
 MAX_PROBLEMS_SHOWN = 20
 NUM_WRITERS = 4  # threads a worker writes its batch with

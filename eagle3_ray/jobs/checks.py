@@ -12,7 +12,6 @@ import ray
 from eagle3_ray.config import TrainSettings
 from eagle3_ray.data.index import SampleIndex
 from eagle3_ray.data.vocab import VocabMapping, choose_vocab, read_token_freq
-from eagle3_ray.errors import ClusterError
 from eagle3_ray.jobs.cluster import (
     WorkerRequest,
     check_outlives_job,
@@ -26,6 +25,7 @@ from eagle3_ray.jobs.decide import (
     SplitPlan,
     check_bins_fit,
     plan_split,
+    read_pretrained_if_needed,
     resolve_aux_layer_ids,
     resolve_sample_spec,
     run_identity,
@@ -33,21 +33,27 @@ from eagle3_ray.jobs.decide import (
 from eagle3_ray.jobs.findings import Outcome, Seen
 from eagle3_ray.jobs.histogram import count_lengths, draw_lengths
 from eagle3_ray.jobs.nodes import (
+    MUST_BE_EQUAL,
     NodeReport,
-    Places,
+    ask_nodes,
+    check_places,
+    check_versions,
     existing_part,
-    file_to_see,
-    lies_on_nodes,
     own_versions,
-    visit_nodes,
 )
 from eagle3_ray.jobs.outlook import Outlook
 from eagle3_ray.jobs.samples import choose_samples, describe_left_out
 from eagle3_ray.jobs.train import new_quarantine
-from eagle3_ray.jobs.vocab_mapping import chosen_vocab_size, resolve_mapping, uses_mapping_files
+from eagle3_ray.jobs.vocab_mapping import (
+    chosen_vocab_size,
+    resolve_mapping,
+    takes_pretrained_vocabulary,
+    uses_mapping_files,
+)
 from eagle3_ray.machine import free_shared_memory_bytes
 from eagle3_ray.model.config import DraftConfig, build_draft_config
-from eagle3_ray.model.verifier import VerifierInfo, load_final_norm
+from eagle3_ray.model.pretrained import PretrainedDraft
+from eagle3_ray.model.verifier import VerifierInfo, has_tied_head, load_final_norm
 from eagle3_ray.storage import StoragePath
 from eagle3_ray.training.estimate import count_weights
 from eagle3_ray.training.run_folder import (
@@ -57,9 +63,9 @@ from eagle3_ray.training.run_folder import (
     check_writable,
     find_committed,
     find_uncommitted,
+    latest_trained,
 )
 
-MUST_BE_EQUAL = ("python", "ray", "torch", "eagle3_ray")
 LOW_COVERAGE_FRAC, LOW_SUPERVISED_FRAC, LOW_FILL_FRAC = 0.9, 0.02, 0.8
 
 
@@ -91,12 +97,15 @@ def see_ray(stack: contextlib.ExitStack) -> Seen[None]:
 
 def see_workers(settings: TrainSettings) -> Seen[WorkerRequest]:
     """Check that the workers fit, and whether somebody else has their GPUs."""
-    workers = choose_workers(settings.num_workers, settings.use_gpu)
+    workers = choose_workers(settings.min_workers, settings.use_gpu, settings.max_workers)
     gpu = " and 1 GPU" if workers.use_gpu else ""
-    found = f"{counted(workers.num_workers, 'worker')} with {counted(workers.cpus_per_worker, 'CPU')}{gpu} each"
+    at_least = "" if workers.min_workers is None else f"{workers.min_workers} to "
+    found = (
+        f"{at_least}{counted(workers.num_workers, 'worker')} with {counted(workers.cpus_per_worker, 'CPU')}{gpu} each"
+    )
     fields = {"num_workers": workers.num_workers, "use_gpu": workers.use_gpu, "cpus": workers.cpus_per_worker}
     num_free = int(ray.available_resources().get("GPU", 0))
-    if workers.use_gpu and num_free < workers.num_workers:
+    if workers.use_gpu and num_free < (workers.min_workers or workers.num_workers):
         found += f"; {num_free} of the GPUs are free now"
         return Seen(
             workers, found, "train would wait for the others: end what holds them, or ask for fewer.", (), fields
@@ -121,7 +130,7 @@ def see_object_store(settings: TrainSettings, verifier: VerifierInfo, aux_layer_
 def see_verifier(verifier: VerifierInfo) -> Seen[VerifierInfo]:
     """Check that the three tensors a draft needs can be found."""
     load_final_norm(verifier)
-    head = "tied to the embedding" if verifier.text_config.get("tie_word_embeddings", False) else "its own"
+    head = "tied to the embedding" if has_tied_head(verifier) else "its own"
     found = (
         f"{verifier.name_or_path}: {verifier.num_layers} layers, hidden size {verifier.hidden_size:,}, vocabulary "
         f"{verifier.vocab_size:,}; embedding, final norm and head ({head}) are there"
@@ -176,20 +185,46 @@ def see_data(
     return Seen(Samples(index, split), found, " ".join(advice), draw_lengths(lengths), fields)
 
 
-def see_vocabulary(settings: TrainSettings, verifier: VerifierInfo) -> Seen[Vocabulary]:
+def see_pretrained(
+    settings: TrainSettings,
+    verifier: VerifierInfo,
+    aux_layer_ids: tuple[int, ...],
+    checkpoint: CommittedCheckpoint | None,
+) -> Seen[PretrainedDraft | None]:
+    """Check that the run can begin with the draft named, unless it goes on from its own."""
+    pretrained = read_pretrained_if_needed(settings, verifier, aux_layer_ids, checkpoint)
+    if checkpoint is not None:
+        return Seen(pretrained, f"{settings.from_pretrained} is not used: the run goes on from its own checkpoint")
+    assert pretrained is not None
+    size = len(pretrained.kept_ids)
+    return Seen(pretrained, f"{pretrained.name_or_path}: of the run's shape, says {size:,} ids", fields={"size": size})
+
+
+def see_vocabulary(
+    settings: TrainSettings, verifier: VerifierInfo, pretrained: PretrainedDraft | None
+) -> Seen[Vocabulary]:
     """Check the mapping of a run, unless the samples would be counted for it; tell its coverage if they once were."""
     vocab_size, counts_path = verifier.vocab_size, settings.token_freq_path or settings.data_path / "token_freq.pt"
+    if settings.draft_vocab_size == "full":
+        mapping = resolve_mapping(settings, vocab_size)
+        return Seen(
+            Vocabulary(vocab_size, mapping),
+            f"all {vocab_size:,} ids of the verifier, without mapping files",
+            fields={"size": vocab_size, "is_computed": True},
+        )
     counts = read_token_freq(str(counts_path), vocab_size) if counts_path.is_file() else None
-    if not uses_mapping_files(settings) and settings.token_freq_path is None:
+    is_pretrained = takes_pretrained_vocabulary(settings)
+    if not uses_mapping_files(settings) and settings.token_freq_path is None and not is_pretrained:
         size = chosen_vocab_size(settings, vocab_size)
         choose_vocab(np.zeros(vocab_size, dtype=np.int64), size)
         for flag, path in (("--d2t-path", settings.d2t_path), ("--t2d-path", settings.t2d_path)):
             check_writable(existing_part(path.parent), flag)
         found = f"{size:,} of {vocab_size:,} ids, to be chosen by the samples when train starts"
         return Seen(Vocabulary(size, None), found, fields={"size": size, "is_computed": False})
-    mapping = resolve_mapping(settings, vocab_size)
+    mapping = resolve_mapping(settings, vocab_size, pretrained=pretrained)
     size = len(mapping.draft_to_verifier_offset)
-    source = settings.d2t_path if uses_mapping_files(settings) else settings.token_freq_path
+    chosen_by = settings.from_pretrained if is_pretrained else settings.token_freq_path
+    source = settings.d2t_path if uses_mapping_files(settings) else chosen_by
     found, advice = f"{size:,} of {vocab_size:,} ids, by {source}", ""
     fields: dict[str, object] = {"size": size, "is_computed": True}
     if counts is not None:
@@ -208,8 +243,8 @@ def see_draft(
     config = build_draft_config(verifier, settings, vocabulary.size, aux_layer_ids)
     weights = count_weights(config)
     found = (
-        f"{counted(config.layer.num_hidden_layers, 'layer')}, {weights.num_trained:,} weights to train beside the "
-        f"verifier's embedding of {weights.num_frozen:,}"
+        f"{counted(config.layer.num_hidden_layers, 'layer')}, {weights.num_trained:,} weights to train beside "
+        f"{weights.num_frozen:,} that stay the verifier's"
     )
     return Seen(config, found, fields={"trained": weights.num_trained, "frozen": weights.num_frozen})
 
@@ -236,13 +271,8 @@ def see_nodes(
     if data.seen is not None:
         index = data.value.whole
         samples = tuple(f"{index.root}/{path}" for path in dict.fromkeys((index.paths[0], index.paths[-1])))
-    of_nodes = verifier.value if verifier.seen is not None and lies_on_nodes(verifier.value) else None
-    with contextlib.ExitStack() as stack:
-        seen_by_all = None
-        if save_path.seen is not None:
-            seen_by_all = (save_path.value, stack.enter_context(file_to_see(save_path.value)))
-        log_dir = settings.log_dir if settings.logger_names else None
-        reports = visit_nodes(Places(seen_by_all, log_dir, samples, settings.data_format_version, of_nodes))
+    save_dir = None if save_path.seen is None else save_path.value
+    reports = ask_nodes(settings, save_dir, samples, None if verifier.seen is None else verifier.value)
     hosts = [report.host for report in reports]
     return Seen(
         reports, f"{', '.join(hosts)}: {'answers' if len(hosts) == 1 else 'all answer'}", fields={"hosts": hosts}
@@ -250,20 +280,8 @@ def see_nodes(
 
 
 def see_versions(reports: list[NodeReport]) -> Seen[None]:
-    """Check that all nodes have the releases of this process.
-
-    Raises:
-        ClusterError: One of those that must be equal is not.
-    """
-    here = own_versions()
-    differing = {
-        f"{name} is {report.versions[name]} on {report.host}, {here[name]} here": name
-        for report in reports
-        for name in here
-        if report.versions[name] != here[name]
-    }
-    if any(name in MUST_BE_EQUAL for name in differing.values()):
-        raise ClusterError(f"{'; '.join(differing)}. Run the same image, or the same environment, on all nodes.")
+    """Check that all nodes have the releases of this process."""
+    differing, here = check_versions(reports), own_versions()
     found = ", ".join(f"{name} {here[name]}" for name in MUST_BE_EQUAL)
     fields = {"versions": here}
     if differing:
@@ -272,14 +290,8 @@ def see_versions(reports: list[NodeReport]) -> Seen[None]:
 
 
 def see_places(reports: list[NodeReport]) -> Seen[None]:
-    """Check that every node could use the places.
-
-    Raises:
-        ClusterError: Names each node that could not, and what.
-    """
-    problems = [f"{report.host}: {problem}" for report in reports for problem in report.problems]
-    if problems:
-        raise ClusterError("\n".join(["not every node can use all it needs:", *problems]))
+    """Check that every node could use the places."""
+    check_places(reports)
     return Seen(None, "every node can use what was found of save path, log folder, samples and verifier")
 
 
@@ -287,12 +299,13 @@ def see_run_folder(settings: TrainSettings) -> Seen[CommittedCheckpoint | None]:
     """Check what an earlier run left in the run folder; the value is the checkpoint to go on from."""
     check_best_is_ours(settings.save_path)
     committed = find_committed(settings.save_path)
-    newest = committed[-1] if committed else None
+    newest = latest_trained(committed)
     half_written = [str(folder) for folder in find_uncommitted(settings.save_path)]
     details = [f"{folder}: half-written, would be ignored" for folder in half_written]
     fields = {"checkpoints": [str(checkpoint.path) for checkpoint in committed], "half_written": half_written}
     if newest is None:
-        return Seen(None, "no checkpoint there: train would begin anew", "", details, fields)
+        found = "what a dry run left, which train would remove" if committed else "no checkpoint there"
+        return Seen(None, f"{found}: train would begin anew", "", details, fields)
     if not settings.resume_from_checkpoint:
         found = (
             f"train would remove {counted(len(committed), 'checkpoint')}, the newest {newest.path} (step {newest.step})"
@@ -317,4 +330,7 @@ def see_resume(
     check_same_run(checkpoint, identity)
     if checkpoint.step >= outlook.stop_step:
         return Seen(None, f"all {outlook.stop_step:,} steps are done", "To train on, raise --epochs or --max-steps.")
+    if checkpoint.stagnation.is_over(settings.early_stop_epochs):
+        found = f"the run has stopped early, after step {checkpoint.step:,}"
+        return Seen(None, found, "To train on, raise --early-stop-epochs or leave it out.")
     return Seen(None, f"the same draft, data and order; {outlook.stop_step - checkpoint.step:,} steps are left")

@@ -28,14 +28,16 @@ class WorkerRequest:
     """What a group of workers takes.
 
     Attributes:
-        num_workers: ranks.
+        num_workers: ranks; the most there may be of an elastic run.
         use_gpu: one GPU a worker.
         cpus_per_worker: CPUs each of them reserves.
+        min_workers: the fewest that an elastic run goes on with; None of any other.
     """
 
     num_workers: int
     use_gpu: bool
     cpus_per_worker: int
+    min_workers: int | None = None
 
 
 @contextmanager
@@ -163,12 +165,13 @@ def cluster_resources() -> dict[str, float]:
     return {name: float(number) for name, number in ray.cluster_resources().items()}
 
 
-def choose_workers(num_workers: int | None, use_gpu: bool | None) -> WorkerRequest:
+def choose_workers(num_workers: int | None, use_gpu: bool | None, max_workers: int | None = None) -> WorkerRequest:
     """Fill in what was not asked for from what the cluster has, and check that it fits.
 
     Args:
         num_workers: ranks. Default: every GPU, or 1 on CPUs.
         use_gpu: default: if the cluster has any.
+        max_workers: ranks of an elastic run, if there is room for them some time; `num_workers` must fit now.
 
     Returns:
         One CPU a worker beside its GPU; without GPUs, as many CPUs a worker as the cluster has for all of them.
@@ -182,7 +185,9 @@ def choose_workers(num_workers: int | None, use_gpu: bool | None) -> WorkerReque
     if num_workers is None:
         num_workers = max(num_gpus, 1) if use_gpu else 1
     check_workers_fit(num_workers, use_gpu, cpus_per_worker=1)
-    return WorkerRequest(num_workers, use_gpu, 1 if use_gpu else most_cpus_per_worker(num_workers))
+    most = num_workers if max_workers is None else max_workers
+    cpus_per_worker = 1 if use_gpu else most_cpus_per_worker(most)
+    return WorkerRequest(most, use_gpu, cpus_per_worker, None if max_workers is None else num_workers)
 
 
 def most_cpus_per_worker(num_workers: int) -> int:

@@ -18,8 +18,9 @@ from eagle3_ray.data.vocab import VocabMapping, write_mapping
 from eagle3_ray.errors import DataError
 from eagle3_ray.jobs.cluster import WorkerRequest, check_shared_memory
 from eagle3_ray.jobs.samples import choose_samples, tell_left_out
-from eagle3_ray.jobs.vocab_mapping import resolve_mapping
+from eagle3_ray.jobs.vocab_mapping import resolve_mapping, takes_pretrained_vocabulary
 from eagle3_ray.model.config import DraftConfig, build_draft_config
+from eagle3_ray.model.pretrained import PretrainedDraft, read_pretrained
 from eagle3_ray.model.verifier import VerifierInfo, load_final_norm
 from eagle3_ray.storage import StoragePath
 from eagle3_ray.training.channel import Channel
@@ -41,10 +42,13 @@ def decide_job(
     aux_layer_ids = resolve_aux_layer_ids(settings, verifier)
     spec = resolve_sample_spec(settings, verifier, aux_layer_ids)
     check_bins_fit(settings, verifier, aux_layer_ids)
+    pretrained = read_pretrained_if_needed(settings, verifier, aux_layer_ids, checkpoint)
     index = choose_samples(settings, spec, checkpoint, quarantine)
     tell_left_out(quarantine)
     laps.end("index")
-    mapping = resolve_and_write_mapping(settings, verifier, quarantine.paths)
+    mapping = resolve_and_write_mapping(settings, verifier, quarantine.paths, pretrained)
+    if pretrained is not None and checkpoint is None:
+        tell_pretrained(pretrained, mapping, with_head=not settings.freeze_lm_head)
     train_index, validation_index, plan, validation_plan = plan_split(index, settings)
     describe_data(index, plan, validation_plan)
     draft_config = build_draft_config(verifier, settings, len(mapping.draft_to_verifier_offset), aux_layer_ids)
@@ -130,12 +134,43 @@ def read_recorded_layer_ids(data_path: StoragePath) -> tuple[int, ...] | None:
     return ids
 
 
+def read_pretrained_if_needed(
+    settings: TrainSettings,
+    verifier: VerifierInfo,
+    aux_layer_ids: tuple[int, ...],
+    checkpoint: CommittedCheckpoint | None,
+) -> PretrainedDraft | None:
+    """Return the draft that a new run begins with, if one is named. Errors as in `read_pretrained`.
+
+    A run that goes on has weights of its own; it is read for one whose vocabulary is in no file.
+    """
+    is_needed = checkpoint is None or takes_pretrained_vocabulary(settings)
+    if settings.from_pretrained is None or not is_needed:
+        return None
+    shape = build_draft_config(verifier, settings, verifier.vocab_size, aux_layer_ids)
+    return read_pretrained(settings.from_pretrained, shape, verifier)
+
+
+def tell_pretrained(pretrained: PretrainedDraft, mapping: VocabMapping, *, with_head: bool) -> None:
+    """Tell the user which draft the run begins with, and what of its head."""
+    num_rows = len(mapping.kept_ids)
+    num_own = int(mapping.in_draft_vocab[pretrained.kept_ids].sum()) if with_head else 0
+    text = f"begins with {pretrained.name_or_path}: {num_own:,} of the {num_rows:,} rows of its head are taken over"
+    if num_own < num_rows:
+        text += f", {num_rows - num_own:,} are the verifier's"
+    say(text, "pretrained", path=pretrained.name_or_path, rows=num_rows, own_rows=num_own)
+
+
 def resolve_and_write_mapping(
-    settings: TrainSettings, verifier: VerifierInfo, leave_out: frozenset[str]
+    settings: TrainSettings, verifier: VerifierInfo, leave_out: frozenset[str], pretrained: PretrainedDraft | None
 ) -> VocabMapping:
-    """Return the vocabulary mapping; one that was computed is written to its paths if nothing lies there."""
-    mapping = resolve_mapping(settings, verifier.vocab_size, leave_out)
-    if not settings.d2t_path.exists() and not settings.t2d_path.exists():
+    """Return the vocabulary mapping; one that was computed is written to its paths if nothing lies there.
+
+    Not by a dry run: with other settings the run itself may choose another. A full vocabulary has no files.
+    """
+    mapping = resolve_mapping(settings, verifier.vocab_size, leave_out, pretrained)
+    has_no_files = settings.dry_run or settings.draft_vocab_size == "full"
+    if not has_no_files and not settings.d2t_path.exists() and not settings.t2d_path.exists():
         write_mapping(mapping, str(settings.d2t_path), str(settings.t2d_path))
         say(f"draft vocabulary of {len(mapping.kept_ids):,} written to {settings.d2t_path} and {settings.t2d_path}")
     return mapping
@@ -154,12 +189,17 @@ def plan_split(index: SampleIndex, settings: TrainSettings) -> SplitPlan:
     """Split the samples and pack both parts.
 
     Raises:
-        DataError: There is nothing to train on.
+        DataError: There is nothing to train on, or nothing to validate on where the run's end depends on it.
     """
     train_index, validation_index = split_index(index, settings.train_frac, settings.seed)
     plan, validation_plan = plan_samples(train_index, settings), plan_samples(validation_index, settings)
     if not plan.bins:
         raise DataError(f"{settings.data_path}: no training sample has a supervised token. Check the loss masks.")
+    if settings.early_stop_epochs is not None and not validation_plan.bins:
+        raise DataError(
+            f"{settings.data_path}: no sample is left to validate on, by which --early-stop-epochs goes. "
+            "Add samples, or leave the flag out."
+        )
     return SplitPlan(train_index, validation_index, plan, validation_plan)
 
 
@@ -216,6 +256,16 @@ def run_identity(
     """Return what a checkpoint must share with a run to be resumed by it: the draft, its vocabulary, the trajectory."""
     draft = draft_config.to_speculators()
     draft.pop("speculators_config")
+    # What came later counts only where it is used: checkpoints from before it can still be gone on from.
+    later: dict[str, Any] = {}
+    if settings.optimizer != "adamw":
+        later["optimizer"] = settings.optimizer
+    if settings.ema_decay:
+        later["ema_decay"] = settings.ema_decay
+    if settings.mask_out_of_vocab_targets:
+        later["mask_out_of_vocab_targets"] = True
+    if settings.freeze_lm_head:
+        later["freeze_lm_head"] = True
     return {
         "draft": draft,
         "verifier": Path(draft_config.verifier_name_or_path).name,
@@ -225,4 +275,5 @@ def run_identity(
         "seed": settings.seed,
         "data_format_version": settings.data_format_version,
         "ttt_steps": settings.ttt_steps,
+        **later,
     }

@@ -5,6 +5,7 @@
     generate        the verifier's states on them                                        demo/data/
     vocab-mapping   the tokens the draft can say                                         demo/vocab/
     train           the draft, on CPU workers of a Ray of this machine                   demo/run/, demo/logs/
+    evaluate        real decoding with the first epoch's draft, and with the best one    demo/run/*/evaluation.json
 
 What is there whole is used again, so a demo that was interrupted goes on where it stopped. Nothing is downloaded.
 """
@@ -19,20 +20,23 @@ from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
 
-from eagle3_ray.config import DemoSettings, GenerateSettings, TrainSettings, VocabMappingSettings
+from eagle3_ray.config import TrainSettings
 from eagle3_ray.demo.conversations import TEMPERATURE, write_conversations
 from eagle3_ray.demo.corpus import Corpus, build_corpus, read_documents
 from eagle3_ray.demo.tiny_verifier import Quality, VerifierRecipe, make_verifier, read_quality
 from eagle3_ray.errors import Eagle3RayError
-from eagle3_ray.jobs import generate, train, vocab_mapping
+from eagle3_ray.jobs import evaluate, generate, train, vocab_mapping
 from eagle3_ray.jobs.cluster import CPUS_FOR_TASKS, check_outlives_job, ray_session
 from eagle3_ray.machine import usable_cpus
 from eagle3_ray.stopping import when_stopped
-from eagle3_ray.training.run_folder import BEST, INITIAL_METRICS, find_committed
+from eagle3_ray.storage import StoragePath
+from eagle3_ray.training.run_folder import BEST, EVALUATION, INITIAL_METRICS, find_committed, follow_best
 from eagle3_ray.training.startup import Laps
+from eagle3_ray.verbs import DemoSettings, EvaluateSettings, GenerateSettings, VocabMappingSettings
 
 TTT_STEPS = 3
 FIRST_STEP, TOKENS, LOSS = "val/cond_acc_0", "val/expected_tokens", "val/loss"
+REAL_TOKENS, SPEEDUP = "tokens_per_verification", "speedup"  # of evaluation.json
 
 Metrics = Mapping[str, float]
 
@@ -98,18 +102,20 @@ def run(settings: DemoSettings) -> None:
     disable_progress_bar()  # of transformers, for files that are written in no time
     started = time.monotonic()
     corpus = build_corpus(read_documents(), settings.seed)
-    with announced("1/5 verifier", "trained on the documentation that comes with Python"):
+    with announced("1/6 verifier", "trained on the documentation that comes with Python"):
         prepare_verifier(folder, plan, corpus, settings.seed)
-    with announced("2/5 conversations", f"held-out prompts, answered by the verifier (temperature {TEMPERATURE})"):
+    with announced("2/6 conversations", f"held-out prompts, answered by the verifier (temperature {TEMPERATURE})"):
         prepare_conversations(folder, plan, corpus, settings.seed)
     # One more CPU than there are, where need be: the demo's two workers also run on a single core.
     with ray_session(max(usable_cpus(), settings.num_workers) + CPUS_FOR_TASKS):
-        with announced("3/5 generate", "the verifier's hidden states"):
+        with announced("3/6 generate", "the verifier's hidden states"):
             generate.run(generate_settings(folder))
-        with announced("4/5 vocab-mapping", "the tokens the draft can say"):
+        with announced("4/6 vocab-mapping", "the tokens the draft can say"):
             vocab_mapping.run(vocab_settings(folder, plan))
-        with announced("5/5 train", f"the draft, on {settings.num_workers} workers"):
+        with announced("5/6 train", f"the draft, on {settings.num_workers} workers"):
             train.train_draft(train_settings(folder, plan, settings), Laps())
+        with announced("6/6 evaluate", "real decoding of held-out prompts, with the draft of epoch 1 and the best one"):
+            evaluate_drafts(folder, plan)
     results = read_results(folder / "run")
     print(f"\n{describe_results(results)}\n\n{describe_files(folder)}")
     print(f"\ntook {time.monotonic() - started:.0f} s in all")
@@ -208,20 +214,53 @@ def train_settings(folder: Path, plan: DemoPlan, settings: DemoSettings) -> Trai
     )
 
 
+def evaluate_drafts(folder: Path, plan: DemoPlan) -> None:
+    """Decode with the first epoch's draft and with the best one, which may be the same; once each."""
+    run_dir = folder / "run"
+    for draft_path in dict.fromkeys((find_committed(run_dir)[0].path, follow_best(run_dir / BEST))):
+        if (draft_path / EVALUATION).exists():
+            print(f"there already {draft_path / EVALUATION}")
+            continue
+        evaluate.run(
+            EvaluateSettings(
+                draft_path=draft_path,
+                data_path=folder / "data",
+                num_prompts=plan.num_prompts // 10,
+                max_new_tokens=plan.max_new_tokens,
+                num_workers=1,  # two would take each other's time
+                use_gpu=False,
+            )
+        )
+
+
 def read_results(run_dir: Path) -> list[Metrics]:
-    """Return what validation measured: of the untrained draft, then after each epoch."""
+    """Return what was measured: of the untrained draft, then after each epoch; by validation, and by decoding."""
     untrained: Metrics = json.loads((run_dir / INITIAL_METRICS).read_text(encoding="utf-8"))
-    return [untrained, *(checkpoint.metrics for checkpoint in find_committed(run_dir))]
+    return [untrained, *({**found.metrics, **read_decoded(found.path)} for found in find_committed(run_dir))]
+
+
+def read_decoded(checkpoint_path: StoragePath) -> Metrics:
+    """Return what real decoding gave, if this draft was decoded with."""
+    path = checkpoint_path / EVALUATION
+    if not path.exists():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return {name: found[name] for name in (REAL_TOKENS, SPEEDUP)}
 
 
 def describe_results(results: list[Metrics]) -> str:
     """Return the table: a row for the untrained draft, and one an epoch."""
     steps = [f"val/cond_acc_{k}" for k in range(TTT_STEPS)]
-    names = [LOSS, *steps, TOKENS]
-    header = ["loss", *(f"step {k + 1}" for k in range(TTT_STEPS)), "tokens"]
-    lines = ["draft       " + "".join(f"{title:>10}" for title in header)]
+    columns = {
+        "loss": (LOSS, "{:.2f}"),
+        **{f"step {k + 1}": (name, "{:.1%}") for k, name in enumerate(steps)},
+        "tokens": (TOKENS, "{:.2f}"),
+        "real": (REAL_TOKENS, "{:.2f}"),
+        "speed": (SPEEDUP, "{:.2f}x"),
+    }
+    lines = ["draft       " + "".join(f"{title:>10}" for title in columns)]
     for number, metrics in enumerate(results):
-        cells = [_cell(metrics.get(name), is_share=name in steps) for name in names]
+        cells = [form.format(metrics[name]) if name in metrics else "-" for name, form in columns.values()]
         label = "untrained" if number == 0 else f"epoch {number}"
         lines.append(f"{label:<12}" + "".join(f"{cell:>10}" for cell in cells))
     return "\n".join(
@@ -233,6 +272,8 @@ def describe_results(results: list[Metrics]) -> str:
             "can say, where all before were",
             f"tokens  per verification of a greedy chain of {TTT_STEPS}, simulated on those conversations; the "
             "verifier's own token is counted, so 1 is no gain",
+            "real    the same of real greedy decoding, from the prompts of those conversations",
+            "speed   of that, in times the verifier's alone",
         ]
     )
 
@@ -270,6 +311,9 @@ def check_gain(results: list[Metrics], plan: DemoPlan) -> None:
         )
     if len(results) > 2 and last[FIRST_STEP] <= first[FIRST_STEP]:
         problems.append(f"first drafted token right {last[FIRST_STEP]:.1%}, not more than after epoch 1")
+    decoded = [metrics[REAL_TOKENS] for metrics in results if REAL_TOKENS in metrics]
+    if len(decoded) > 1 and decoded[-1] <= decoded[0]:
+        problems.append(f"real decoding {decoded[-1]:.3f} tokens per verification, {decoded[0]:.3f} after epoch 1")
     if problems:
         raise Eagle3RayError(
             "the trained draft does not clearly beat the untrained one:\n  "
@@ -296,9 +340,3 @@ class Progress:
         elif fifth > self._last_fifth:
             print(text, flush=True)
         self._last_fifth = fifth
-
-
-def _cell(value: float | None, is_share: bool) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.1%}" if is_share else f"{value:.2f}"

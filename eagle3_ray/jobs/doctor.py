@@ -21,6 +21,7 @@ from eagle3_ray.jobs.checks import (
     see_nodes,
     see_object_store,
     see_places,
+    see_pretrained,
     see_ray,
     see_resume,
     see_run_folder,
@@ -30,9 +31,10 @@ from eagle3_ray.jobs.checks import (
     see_vocabulary,
     see_workers,
 )
-from eagle3_ray.jobs.findings import Report
+from eagle3_ray.jobs.findings import Outcome, Report, Seen
 from eagle3_ray.jobs.outlook import see_disk, see_memory, see_steps, see_time
 from eagle3_ray.jobs.train import read_verifier, with_absolute_paths
+from eagle3_ray.model.pretrained import PretrainedDraft
 from eagle3_ray.stopping import when_stopped
 
 
@@ -60,7 +62,16 @@ def examine(settings: TrainSettings, num_timed_steps: int, report: Report, stack
     folder = report.check("run folder", lambda: see_run_folder(settings))
     checkpoint = None if folder.seen is None else folder.value
     data = report.check("data", lambda: see_data(settings, verifier.value, layers.value, checkpoint), [started, layers])
-    vocabulary = report.check("vocabulary", lambda: see_vocabulary(settings, verifier.value), [started, verifier])
+    pretrained: Outcome[PretrainedDraft | None] = Outcome("pretrained", Seen(None, "none is named"))
+    if settings.from_pretrained is not None:
+        pretrained = report.check(
+            "pretrained", lambda: see_pretrained(settings, verifier.value, layers.value, checkpoint), [layers]
+        )
+    vocabulary = report.check(
+        "vocabulary",
+        lambda: see_vocabulary(settings, verifier.value, pretrained.value),
+        [started, verifier, pretrained],
+    )
     draft = report.check(
         "draft", lambda: see_draft(settings, verifier.value, vocabulary.value, layers.value), [vocabulary, layers]
     )

@@ -1,8 +1,8 @@
 """`export`: turn a checkpoint into the folder a server loads, and say how to serve it."""
 
-from eagle3_ray.config import ExportSettings
 from eagle3_ray.console import say
 from eagle3_ray.export import export_checkpoint
+from eagle3_ray.verbs import ExportSettings
 
 
 def run(settings: ExportSettings) -> None:

@@ -21,6 +21,7 @@ from eagle3_ray.training.job import TrainJob
 from eagle3_ray.training.stream import build_train_stream
 
 SIGNAL_POLL_S = 0.2
+ELASTIC_RESIZE_S = 60.0  # between two looks for room for more workers, which then start again
 
 
 def fit(job: TrainJob, workers: WorkerRequest) -> signal.Signals | None:
@@ -33,10 +34,13 @@ def fit(job: TrainJob, workers: WorkerRequest) -> signal.Signals | None:
         Eagle3RayError: What a worker raised on purpose, or `ClusterError` for a worker that was lost.
         Stopped: By a signal before the first step, or by Ctrl-C after one.
     """
+    most, fewest = workers.num_workers, workers.min_workers
+    num_workers = most if fewest is None else (fewest, most)
     trainer = TorchTrainer(
         functools.partial(run_worker, job),
-        scaling_config=ScalingConfig(
-            num_workers=workers.num_workers,
+        scaling_config=ScalingConfig(  # type: ignore[call-arg]  # mypy sees Ray Tune's
+            num_workers=num_workers,  # type: ignore[arg-type]
+            elastic_resize_monitor_interval_s=ELASTIC_RESIZE_S,
             use_gpu=workers.use_gpu,
             resources_per_worker={"CPU": workers.cpus_per_worker, **({"GPU": 1} if workers.use_gpu else {})},
         ),
@@ -46,7 +50,8 @@ def fit(job: TrainJob, workers: WorkerRequest) -> signal.Signals | None:
             storage_filesystem=job.save_dir.filesystem if isinstance(job.save_dir, ObjectPath) else None,
             failure_config=FailureConfig(max_failures=job.settings.max_failures),
         ),
-        datasets={"train": functools.partial(build_train_stream, job)},
+        # How many workers a start will have is not known to what deals out the bins: they go by the schedule then.
+        datasets={} if job.settings.is_elastic else {"train": functools.partial(build_train_stream, job)},
         dataset_config=DataConfig(execution_options=bin_execution_options()),
     )
     try:
@@ -60,10 +65,11 @@ def run_worker(job: TrainJob) -> None:
 
     The process that deals out the bins is started by the first who asks for them, and starts while that is imported.
     """
-    ray.train.get_dataset_shard("train")
+    if not job.settings.is_elastic:
+        ray.train.get_dataset_shard("train")
     from eagle3_ray.training.loop import run_rank
 
-    run_rank(job)
+    run_rank(job.on_workers(ray.train.get_context().get_world_size()))
 
 
 def run_until_told_to_stop(work: Callable[[], object], order_stop: Callable[[], bool]) -> signal.Signals | None:

@@ -27,7 +27,6 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from eagle3_ray import __version__
-from eagle3_ray.config import GenerateSettings
 from eagle3_ray.console import say, warn
 from eagle3_ray.data.vocab import write_token_freq
 from eagle3_ray.errors import ClusterError, DataError, Eagle3RayError
@@ -48,6 +47,7 @@ from eagle3_ray.jobs.failures import raise_cause
 from eagle3_ray.machine import usable_cpus
 from eagle3_ray.model.verifier import VerifierInfo, read_verifier_config
 from eagle3_ray.stopping import when_stopped
+from eagle3_ray.verbs import GenerateSettings
 
 RESULT_SCHEMA = pa.schema(
     [

@@ -14,6 +14,8 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from eagle3_ray.config import TrainSettings
+from eagle3_ray.console import warn
 from eagle3_ray.data.sample_file import Problem, read_sample_file
 from eagle3_ray.errors import ClusterError, Eagle3RayError
 from eagle3_ray.model.verifier import VerifierInfo, load_final_norm
@@ -22,6 +24,7 @@ from eagle3_ray.storage import ObjectPath, StoragePath
 from eagle3_ray.training.run_folder import check_writable
 from eagle3_ray.versions import installed_versions
 
+MUST_BE_EQUAL = ("python", "ray", "torch", "eagle3_ray")
 NODE_TIMEOUT_S = 60.0  # a process that imports torch from a slow disk takes half of it
 
 
@@ -60,6 +63,68 @@ class NodeReport:
     versions: Mapping[str, str]
     problems: tuple[str, ...]
     gpu_bytes: int | None
+
+
+def check_nodes(settings: TrainSettings, verifier: VerifierInfo) -> None:
+    """Have the other nodes look around before anything is trained; a warning for releases that differ harmlessly.
+
+    Raises:
+        ClusterError: A node does not answer, or a worker on it could not run.
+    """
+    if sum(node["Alive"] for node in ray.nodes()) == 1:
+        return
+    reports = ask_nodes(settings, settings.save_path, (), verifier)
+    differing = check_versions(reports)
+    if differing:
+        warn(f"{'; '.join(differing)}. Better have the same on all nodes.")
+    check_places(reports)
+
+
+def ask_nodes(
+    settings: TrainSettings, save_dir: StoragePath | None, samples: tuple[str, ...], verifier: VerifierInfo | None
+) -> list[NodeReport]:
+    """Have every node look at the places of a run. Errors as in `visit_nodes`.
+
+    Args:
+        settings: Of the run.
+        save_dir: What of the run folder is there; None if this process cannot write there.
+        samples: Paths of some samples.
+        verifier: None if it is not known.
+    """
+    log_dir = settings.log_dir if settings.logger_names else None
+    of_nodes = verifier if verifier is not None and lies_on_nodes(verifier) else None
+    with contextlib.ExitStack() as stack:
+        seen_by_all = None if save_dir is None else (save_dir, stack.enter_context(file_to_see(save_dir)))
+        return visit_nodes(Places(seen_by_all, log_dir, samples, settings.data_format_version, of_nodes))
+
+
+def check_versions(reports: list[NodeReport]) -> list[str]:
+    """Return in words which nodes have other releases than this process, of packages that may differ.
+
+    Raises:
+        ClusterError: One of those that must be equal is not.
+    """
+    here = own_versions()
+    differing = {
+        f"{name} is {report.versions[name]} on {report.host}, {here[name]} here": name
+        for report in reports
+        for name in here
+        if report.versions[name] != here[name]
+    }
+    if any(name in MUST_BE_EQUAL for name in differing.values()):
+        raise ClusterError(f"{'; '.join(differing)}. Run the same image, or the same environment, on all nodes.")
+    return list(differing)
+
+
+def check_places(reports: list[NodeReport]) -> None:
+    """Check that every node could use its places.
+
+    Raises:
+        ClusterError: Names each node that could not, and what.
+    """
+    problems = [f"{report.host}: {problem}" for report in reports for problem in report.problems]
+    if problems:
+        raise ClusterError("\n".join(["not every node can use all it needs:", *problems]))
 
 
 def visit_nodes(places: Places) -> list[NodeReport]:

@@ -75,7 +75,7 @@ def see_disk(
     Raises:
         CheckpointError: Not even one has room.
     """
-    one_bytes = checkpoint_bytes(config, workers.num_workers)
+    one_bytes = checkpoint_bytes(config, workers.num_workers, settings)
     number = num_kept_checkpoints(settings, len(checkpoint_steps(settings, outlook)))
     taken = f"{counted(number, 'checkpoint')} of {tell_bytes(one_bytes)} would take {tell_bytes(number * one_bytes)}"
     fields: dict[str, object] = {"checkpoint_bytes": one_bytes, "checkpoints": number}
@@ -118,8 +118,9 @@ def see_memory(
     """Estimate what a worker's GPU, or its process, takes at its peak, and compare it with the smallest there is."""
     device = torch.device("cuda" if workers.use_gpu else "cpu")
     dtype = resolve_compute_dtype(settings.precision, device)
-    size = largest_bin(split, settings.ttt_steps, outlook.schedule.micro_steps)
-    estimate = estimate_memory(config, size, workers.num_workers, device, dtype)
+    fewest = workers.min_workers or workers.num_workers  # each has most to hold then
+    size = largest_bin(split, settings.ttt_steps, dataclasses.replace(outlook.schedule, num_workers=fewest).micro_steps)
+    estimate = estimate_memory(config, size, fewest, device, dtype, settings)
     place = "GPU" if workers.use_gpu else "process"
     found = (
         f"a worker's {place} takes about {tell_bytes(estimate.peak_bytes)} at its peak, by an estimate, beside what "
@@ -144,7 +145,8 @@ def see_memory(
         return Seen(None, found, "", details, fields)
     found += f"; it has {tell_bytes(available_bytes)}"
     if estimate.peak_bytes > available_bytes:
-        advice = "Lower --total-seq-len or --ttt-steps; more workers share weights and optimizer."
+        first = "Lower" if settings.gradient_checkpointing else "Pass --gradient-checkpointing, or lower"
+        advice = f"{first} --total-seq-len or --ttt-steps; more workers share weights and optimizer."
         return Seen(None, f"{found}.", advice, details, fields)
     return Seen(None, found, "", details, fields)
 

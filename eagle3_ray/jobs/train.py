@@ -34,8 +34,10 @@ from eagle3_ray.training.run_folder import (
     find_own_folders,
     find_uncommitted,
     follow_best,
+    holds_dry_run,
     latest_committed,
     remove_run,
+    step_folder,
 )
 from eagle3_ray.training.run_lock import hold_run
 from eagle3_ray.training.startup import Laps
@@ -85,14 +87,40 @@ def train_draft(settings: TrainSettings, laps: Laps) -> None:
             laps.end("Ray")
             job = carry_out(settings, verifier, board.channel, laps, quarantine)
         quarantine.check()
+    tell_end(settings, job.stop_step)
+
+
+def tell_end(settings: TrainSettings, stop_step: int) -> None:
+    """Say that the run is complete, and why, if it is so before its last step."""
+    saved = latest_committed(settings.save_path)
+    if settings.dry_run:
+        tell_dry_end(settings, saved)
+        return
+    step = stop_step if saved is None else min(stop_step, saved.step)
+    if saved is not None and step < stop_step and saved.stagnation.is_over(settings.early_stop_epochs):
+        most, num_epochs = saved.stagnation
+        text = (
+            f"stopped early: val/expected_tokens has not risen above {most:.2f} for {num_epochs} "
+            f"{'epoch' if num_epochs == 1 else 'epochs'}; to go on, raise --early-stop-epochs or leave it out"
+        )
+        say(text, "early_stop", step=step, best_expected_tokens=most, epochs=num_epochs)
     best = settings.save_path / BEST
     chosen = follow_best(best)
-    say(
-        f"done: {job.stop_step} steps; best draft {best} -> {chosen.name}",
-        "done",
-        step=job.stop_step,
-        best=str(chosen),
-    )
+    say(f"done: {step} steps; best draft {best} -> {chosen.name}", "done", step=step, best=str(chosen))
+
+
+def tell_dry_end(settings: TrainSettings, saved: CommittedCheckpoint | None) -> None:
+    """Say where a dry run has left its draft, or that it has tried nothing, as a run is under way there."""
+    if saved is None:
+        path = settings.save_path / step_folder(0)
+        text = (
+            f"dry run: all is in place; a draft to try in a server is {path}; the same command without --dry-run "
+            "trains from the beginning"
+        )
+        say(text, "dry_run", path=str(path))
+    else:
+        text = f"dry run: nothing tried, as {saved.path} (step {saved.step}) is what the run would go on from"
+        say(text, "dry_run", path=str(saved.path), step=saved.step)
 
 
 def new_quarantine(settings: TrainSettings) -> Quarantine:
@@ -120,11 +148,14 @@ def carry_out(
     laps.end("verifier")
     from eagle3_ray.jobs.decide import decide_job
     from eagle3_ray.jobs.fit import fit
+    from eagle3_ray.jobs.nodes import check_nodes
+    from eagle3_ray.jobs.plan_record import record_plan
     from eagle3_ray.jobs.samples import record_samples
     from eagle3_ray.training.disk_space import checkpoint_bytes
 
     laps.end("imports")
-    workers = choose_workers(settings.num_workers, settings.use_gpu)
+    workers = choose_workers(settings.min_workers, settings.use_gpu, settings.max_workers)
+    check_nodes(settings, verifier)
     checkpoint = open_run_folder(settings)
     job = decide_job(settings, verifier, workers, checkpoint, channel, laps, quarantine)
     if checkpoint is not None:
@@ -132,9 +163,11 @@ def carry_out(
         text = f"going on from {checkpoint.path} (step {checkpoint.step} of {job.stop_step})"
         say(text, "resume", step=checkpoint.step, path=str(checkpoint.path))
     if checkpoint is None or not job.is_complete(checkpoint):
-        clear_run_folder(settings, checkpoint_bytes(job.draft_config, workers.num_workers))
-        write_run_yaml(settings, settings.save_path / RUN_YAML)
+        clear_run_folder(settings, checkpoint_bytes(job.draft_config, workers.num_workers, settings))
+        # What repeats a run trains.
+        write_run_yaml(settings.model_copy(update={"dry_run": False}), settings.save_path / RUN_YAML)
         record_samples(job, quarantine, is_new=checkpoint is None)
+        record_plan(job, workers)
         laps.end("plan")
         stopped_by = fit(job, workers)
         saved = latest_committed(settings.save_path)
@@ -177,11 +210,13 @@ def describe_job(settings: TrainSettings) -> dict[str, str]:
 
 
 def with_absolute_paths(settings: TrainSettings) -> TrainSettings:
-    """Return the settings with every path made absolute; a verifier that is a local folder too."""
+    """Return the settings with every path made absolute; a verifier or a draft that is a local folder too."""
     update: dict[str, Any] = {
         name: value.resolve() for name, value in settings.__dict__.items() if isinstance(value, StoragePath)
     }
     update["verifier_name_or_path"] = absolute_name(settings.verifier_name_or_path)
+    if settings.from_pretrained is not None:
+        update["from_pretrained"] = absolute_name(settings.from_pretrained)
     return settings.model_copy(update=update)
 
 
@@ -215,7 +250,7 @@ def clear_run_folder(settings: TrainSettings, needed_bytes: int) -> None:
     from eagle3_ray.training.disk_space import check_room, make_room
 
     save_dir = settings.save_path
-    if settings.resume_from_checkpoint:
+    if settings.resume_from_checkpoint and not holds_dry_run(save_dir):
         for folder in make_room(save_dir, needed_bytes):
             say(f"{folder}: half-written, removed to make room", path=str(folder))
     else:

@@ -1,17 +1,21 @@
 """`vocab-mapping`: token counts -> `d2t.npy` and `t2d.npy`; and the same, in memory, before a training run."""
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import ray
 from numpy.typing import NDArray
 from ray.exceptions import RayTaskError
 
-from eagle3_ray.config import TrainSettings, VocabMappingSettings
+from eagle3_ray.config import TrainSettings
 from eagle3_ray.console import say
 from eagle3_ray.data.index import count_supervised_tokens
 from eagle3_ray.data.vocab import (
     DEFAULT_DRAFT_VOCAB_SIZE,
     VocabMapping,
     choose_vocab,
+    full_vocab,
+    keep_ids,
     read_mapping,
     read_token_freq,
     write_mapping,
@@ -20,6 +24,10 @@ from eagle3_ray.errors import Eagle3RayError, UsageError, VocabMappingError
 from eagle3_ray.jobs.cluster import check_outlives_job, ray_session
 from eagle3_ray.stopping import when_stopped
 from eagle3_ray.storage import StoragePath
+from eagle3_ray.verbs import VocabMappingSettings
+
+if TYPE_CHECKING:  # it imports huggingface_hub, which `vocab-mapping` needs only for a verifier that is named
+    from eagle3_ray.model.pretrained import PretrainedDraft
 
 
 @when_stopped("; the same command starts again")
@@ -88,22 +96,36 @@ def describe_mapping(mapping: VocabMapping, counts: NDArray[np.int64]) -> str:
     )
 
 
-def resolve_mapping(settings: TrainSettings, vocab_size: int, leave_out: frozenset[str] = frozenset()) -> VocabMapping:
-    """Return the mapping a training run uses: from its files, else computed by a Ray task before any worker starts.
+def resolve_mapping(
+    settings: TrainSettings,
+    vocab_size: int,
+    leave_out: frozenset[str] = frozenset(),
+    pretrained: "PretrainedDraft | None" = None,
+) -> VocabMapping:
+    """Return the mapping a training run uses: from its files, else that of the draft it begins with, else computed.
 
-    A frequency file that is named is what the user wants counted by; it goes before mapping files.
+    That is done by a Ray task, before any worker starts.
+
+    A frequency file that is named is what the user wants counted by; it goes before mapping files. Nothing is counted
+    for a full vocabulary.
 
     Args:
         settings: paths of mapping, frequencies and samples; absolute if Ray runs on other machines.
         vocab_size: W.
         leave_out: relative paths of samples not to count.
+        pretrained: the draft it begins with, if its vocabulary is asked for.
 
     Raises:
         VocabMappingError: Only one mapping file is there, or files do not fit each other, the verifier or the flags.
         DataError: The samples cannot be counted.
     """
+    if settings.draft_vocab_size == "full":
+        return resolve_full_mapping(settings, vocab_size)
     if uses_mapping_files(settings):
         return read_mapping(str(settings.d2t_path), str(settings.t2d_path), vocab_size, settings.draft_vocab_size)
+    if takes_pretrained_vocabulary(settings):
+        assert pretrained is not None
+        return keep_ids(pretrained.kept_ids.sort().values, vocab_size)
     return compute_mapping(
         vocab_size,
         chosen_vocab_size(settings, vocab_size),
@@ -114,13 +136,37 @@ def resolve_mapping(settings: TrainSettings, vocab_size: int, leave_out: frozens
     )
 
 
+def resolve_full_mapping(settings: TrainSettings, vocab_size: int) -> VocabMapping:
+    """Return the mapping of a draft that can say all W tokens, for which no files are needed.
+
+    Raises:
+        VocabMappingError: Files are there all the same, and keep fewer, or cannot be read.
+    """
+    if uses_mapping_files(settings):
+        found = read_mapping(str(settings.d2t_path), str(settings.t2d_path), vocab_size, None)
+        if not found.is_full:
+            raise VocabMappingError(
+                f"{settings.d2t_path} and {settings.t2d_path} keep {len(found.kept_ids)} of the verifier's "
+                f"{vocab_size} ids, --draft-vocab-size full asks for all. Move the files away, name others "
+                "with --d2t-path and --t2d-path, or leave --draft-vocab-size out."
+            )
+    return full_vocab(vocab_size)
+
+
 def uses_mapping_files(settings: TrainSettings) -> bool:
     """Tell whether a run reads its mapping from files: one is there, and no counts are named to choose by anew."""
     return settings.token_freq_path is None and (settings.d2t_path.exists() or settings.t2d_path.exists())
 
 
+def takes_pretrained_vocabulary(settings: TrainSettings) -> bool:
+    """Tell whether a run has the vocabulary of the draft it begins with: nothing else is there to choose it by."""
+    is_chosen = settings.draft_vocab_size is not None or settings.token_freq_path is not None
+    return settings.from_pretrained is not None and not is_chosen and not uses_mapping_files(settings)
+
+
 def chosen_vocab_size(settings: TrainSettings, vocab_size: int) -> int:
     """Return V of a mapping that is computed, for a verifier of W tokens."""
+    assert settings.draft_vocab_size != "full"  # nothing is computed for it
     return settings.draft_vocab_size or min(DEFAULT_DRAFT_VOCAB_SIZE, vocab_size)
 
 

@@ -37,7 +37,12 @@ BLOCK_TENSORS = tuple(
 
 
 def build_document_attention(
-    documents: Sequence[tuple[int, int]], rows: Tensor, num_tokens: int, device: torch.device, move: Move
+    documents: Sequence[tuple[int, int]],
+    rows: Tensor,
+    num_tokens: int,
+    device: torch.device,
+    move: Move,
+    reach: int | None = None,
 ) -> DocumentAttention:
     """Return the attention of `rows` over step 0 and their own later steps, for one bin on one device.
 
@@ -47,10 +52,11 @@ def build_document_attention(
         num_tokens: T.
         device: Where the tensors will be.
         move: Copies a tensor to that device.
+        reach: Step-0 keys that a row sees, its own included, at least 1; None: all of its document up to it.
     """
     if device.type == "cpu":
-        return functools.partial(attend_pieces, pieces=cut_into_pieces(documents, rows))
-    block_mask = build_block_mask(documents, rows, num_tokens, move)
+        return functools.partial(attend_pieces, pieces=cut_into_pieces(documents, rows, reach))
+    block_mask = build_block_mask(documents, rows, num_tokens, move, reach)
     kernel = _compiled_flex_attention()
 
     def attend(queries: Tensor, keys: Tensor, values: Tensor, diagonal: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
@@ -60,14 +66,18 @@ def build_document_attention(
     return attend
 
 
-def build_block_mask(documents: Sequence[tuple[int, int]], rows: Tensor, num_tokens: int, move: Move) -> BlockMask:
-    """Return FlexAttention's mask of `rows` [R] over T keys: same document and not later.
+def build_block_mask(
+    documents: Sequence[tuple[int, int]], rows: Tensor, num_tokens: int, move: Move, reach: int | None = None
+) -> BlockMask:
+    """Return FlexAttention's mask of `rows` [R] over T keys: same document, not later, and within reach.
 
     Its blocks are found on the host from the first and the last key of each row, as `create_block_mask` would find
     them on the device from a mask of R x T (4 GiB of it for 64k tokens).
     """
     starts = torch.tensor([start for start, _ in documents])
     first, last = starts[torch.searchsorted(starts, rows, right=True) - 1], rows
+    if reach is not None:
+        first = first.maximum(rows - reach + 1)
     some, all_of_it = _visible_blocks(first, last, num_tokens)
     lowest, highest = move(first), move(last)
 

@@ -10,13 +10,15 @@ from torch import Tensor
 from eagle3_ray.errors import CheckpointError, VerifierError
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig
+    from transformers import LlamaConfig, Qwen3Config
 
     from eagle3_ray.config import ModelSettings
     from eagle3_ray.model.verifier import VerifierInfo
 
 # The release of the Speculators format these files follow.
 SPECULATORS_VERSION = "0.9.0"
+LAYER_TYPES = ("llama", "qwen3")
+SLIDING = "sliding_attention"
 # What transformers adds to every config, of no meaning for a decoder layer.
 NOT_OF_THE_LAYER = (
     "architectures",
@@ -36,7 +38,7 @@ NOT_OF_THE_LAYER = (
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """A decoder layer as transformers' `LlamaConfig` describes it.
+    """A decoder layer as transformers' `LlamaConfig` or `Qwen3Config` describes it.
 
     transformers itself takes seconds to import, which every worker would spend.
 
@@ -52,6 +54,8 @@ class LayerConfig:
         initializer_range: Standard deviation of initial weights that the verifier does not give.
         rope_frequencies: [D/2] radians a position, float32 values.
         rope_scale: Factor of RoPE's cos and sin.
+        has_qk_norms: Queries and keys are normed head by head, before RoPE (Qwen3).
+        sliding_window: A query sees so many positions, its own included; None: all before it.
         written: All of it as config.json holds it.
     """
 
@@ -66,26 +70,35 @@ class LayerConfig:
     initializer_range: float
     rope_frequencies: tuple[float, ...]
     rope_scale: float
+    has_qk_norms: bool
+    sliding_window: int | None
     written: Mapping[str, Any]
 
     @classmethod
-    def from_llama(cls, llama: "LlamaConfig") -> "LayerConfig":
-        """Take over what `LlamaConfig` has completed and checked."""
-        assert llama.head_dim is not None and llama.num_key_value_heads is not None  # LlamaConfig fills them in
-        frequencies, scale = _rope_of(llama)
+    def from_transformers(cls, config: "LlamaConfig | Qwen3Config") -> "LayerConfig":
+        """Take over what transformers has completed and checked.
+
+        Raises:
+            CheckpointError: Some layers have a sliding window and some have none, or its size is not told.
+        """
+        assert config.head_dim is not None and config.num_key_value_heads is not None  # transformers fills them in
+        frequencies, scale = _rope_of(config)
+        written = {name: value for name, value in config.to_dict().items() if name not in NOT_OF_THE_LAYER}
         return cls(
-            vocab_size=llama.vocab_size,
-            hidden_size=llama.hidden_size,
-            intermediate_size=llama.intermediate_size,
-            num_hidden_layers=llama.num_hidden_layers,
-            num_attention_heads=llama.num_attention_heads,
-            num_key_value_heads=llama.num_key_value_heads,
-            head_dim=llama.head_dim,
-            rms_norm_eps=llama.rms_norm_eps,
-            initializer_range=llama.initializer_range,
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            rms_norm_eps=config.rms_norm_eps,
+            initializer_range=config.initializer_range,
             rope_frequencies=tuple(frequencies.tolist()),
             rope_scale=scale,
-            written={name: value for name, value in llama.to_dict().items() if name not in NOT_OF_THE_LAYER},
+            has_qk_norms=written["model_type"] == "qwen3",
+            sliding_window=_window_of(written),
+            written=written,
         )
 
 
@@ -99,6 +112,8 @@ class DraftConfig:
         draft_vocab_size: V.
         aux_layer_ids: Serving numbering: id k is the state that enters layer k.
         speculative_tokens: Drafted tokens a server should propose; the TTT steps trained.
+        embed_requires_grad: The embedding is trained, and no longer the verifier's.
+        freeze_lm_head: The head is not trained; config.json does not tell.
     """
 
     layer: LayerConfig
@@ -111,6 +126,8 @@ class DraftConfig:
     norm_output: bool
     verifier_name_or_path: str
     verifier_architectures: tuple[str, ...]
+    embed_requires_grad: bool = False
+    freeze_lm_head: bool = False
 
     @property
     def hidden_size(self) -> int:
@@ -140,7 +157,7 @@ class DraftConfig:
             "norm_before_fc": self.norm_before_fc,
             "fc_norm": self.fc_norm,
             "norm_output": self.norm_output,
-            "embed_requires_grad": False,
+            "embed_requires_grad": self.embed_requires_grad,
             "eagle_aux_hidden_state_layer_ids": list(self.aux_layer_ids),
             "target_hidden_size": None,
             "tie_word_embeddings": False,
@@ -165,15 +182,16 @@ def build_draft_config(
     Raises:
         VerifierError: The verifier's RoPE is described in a way a Llama layer cannot follow.
     """
-    from transformers import LlamaConfig
-
     text = info.text_config
     num_heads = int(text["num_attention_heads"])
-    llama = LlamaConfig(
+    num_layers, window = settings.num_layers, settings.sliding_window
+    own: dict[str, Any] = {} if window is None else {"sliding_window": window, "layer_types": [SLIDING] * num_layers}
+    own |= {"mlp_bias": False} if settings.layer_type == "llama" else {"use_sliding_window": window is not None}
+    layer = layer_class(settings.layer_type)(
         vocab_size=info.vocab_size,
         hidden_size=info.hidden_size,
         intermediate_size=int(text["intermediate_size"]),
-        num_hidden_layers=settings.num_layers,
+        num_hidden_layers=num_layers,
         num_attention_heads=num_heads,
         num_key_value_heads=int(text.get("num_key_value_heads") or num_heads),
         head_dim=int(text.get("head_dim") or info.hidden_size // num_heads),
@@ -183,13 +201,13 @@ def build_draft_config(
         rms_norm_eps=info.rms_norm_eps,
         rope_parameters=_inherit_rope(info),
         attention_bias=False,
-        mlp_bias=False,
         tie_word_embeddings=False,
         bos_token_id=text.get("bos_token_id"),
         eos_token_id=text.get("eos_token_id"),
+        **own,
     )
     return DraftConfig(
-        layer=LayerConfig.from_llama(llama),
+        layer=LayerConfig.from_transformers(layer),
         draft_vocab_size=draft_vocab_size,
         aux_layer_ids=aux_layer_ids,
         speculative_tokens=settings.ttt_steps,
@@ -199,6 +217,8 @@ def build_draft_config(
         norm_output=settings.norm_output,
         verifier_name_or_path=info.name_or_path,
         verifier_architectures=info.architectures,
+        embed_requires_grad=settings.train_embedding,
+        freeze_lm_head=settings.freeze_lm_head,
     )
 
 
@@ -208,17 +228,15 @@ def draft_config_from_speculators(config: Mapping[str, Any]) -> DraftConfig:
     Raises:
         CheckpointError: A field is missing, or the draft is of a kind not trained here.
     """
-    from transformers import LlamaConfig
-
     try:
         layer, speculators = config["transformer_layer_config"], config["speculators_config"]
-        if config["speculators_model_type"] != "eagle3" or layer["model_type"] != "llama":
+        if config["speculators_model_type"] != "eagle3" or layer["model_type"] not in LAYER_TYPES:
             raise CheckpointError(
                 f"config.json: {config['speculators_model_type']} draft with {layer['model_type']} layers; "
-                "expected eagle3 with llama."
+                f"expected eagle3 with {' or '.join(LAYER_TYPES)}."
             )
         return DraftConfig(
-            layer=LayerConfig.from_llama(LlamaConfig(**layer)),
+            layer=LayerConfig.from_transformers(layer_class(layer["model_type"])(**layer)),
             draft_vocab_size=config["draft_vocab_size"],
             aux_layer_ids=tuple(config["eagle_aux_hidden_state_layer_ids"]),
             speculative_tokens=speculators["proposal_methods"][0]["speculative_tokens"],
@@ -228,21 +246,44 @@ def draft_config_from_speculators(config: Mapping[str, Any]) -> DraftConfig:
             norm_output=config["norm_output"],
             verifier_name_or_path=speculators["verifier"]["name_or_path"],
             verifier_architectures=tuple(speculators["verifier"]["architectures"]),
+            embed_requires_grad=config["embed_requires_grad"],
         )
     except KeyError as error:
         raise CheckpointError(f"config.json: no {error}; not a Speculators EAGLE-3 draft.") from error
 
 
-def _rope_of(llama: "LlamaConfig") -> tuple[Tensor, float]:
+def layer_class(layer_type: str) -> "type[LlamaConfig | Qwen3Config]":
+    """Return transformers' config of a type of layers."""
+    from transformers import LlamaConfig, Qwen3Config
+
+    return {"llama": LlamaConfig, "qwen3": Qwen3Config}[layer_type]
+
+
+def _window_of(written: Mapping[str, Any]) -> int | None:
+    """Return the sliding window as serving engines find it: by the type of each layer."""
+    layer_types = written.get("layer_types") or []
+    if SLIDING not in layer_types:
+        return None
+    if set(layer_types) != {SLIDING}:
+        raise CheckpointError("config.json: some layers have a sliding window and some have none; expected one kind.")
+    if written.get("sliding_window") is None:  # or not in use, by which transformers drops it
+        raise CheckpointError(
+            "config.json: layer_types has sliding_attention without a sliding_window that is in use; expected its size "
+            "and, of qwen3 layers, use_sliding_window true."
+        )
+    return int(written["sliding_window"])
+
+
+def _rope_of(config: "LlamaConfig | Qwen3Config") -> tuple[Tensor, float]:
     """Return RoPE's frequencies [D/2] and its factor of cos and sin, as transformers computes them for each type."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    rope = dict(llama.rope_parameters or {})
+    rope = dict(config.rope_parameters or {})
     if rope["rope_type"] == "default":
-        assert llama.head_dim is not None  # LlamaConfig fills it in
-        exponent = torch.arange(0, llama.head_dim, 2, dtype=torch.float32) / llama.head_dim
+        assert config.head_dim is not None  # transformers fills it in
+        exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
         return 1.0 / rope["rope_theta"] ** exponent, 1.0
-    frequencies, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](llama, torch.device("cpu"))
+    frequencies, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))
     return frequencies, scale
 
 
@@ -250,11 +291,15 @@ def _inherit_rope(info: "VerifierInfo") -> dict[str, Any]:
     """Return RoPE in transformers 5's one form, from either of the two that config files use."""
     text = info.text_config
     rope = dict(text.get("rope_parameters") or text.get("rope_scaling") or {})
+    if "full_attention" in rope:  # by layer type: all layers of a draft share one, under a window too
+        rope = dict(rope["full_attention"])
     if any(isinstance(value, Mapping) for value in rope.values()):
         raise VerifierError(
             f"{info.name_or_path}: RoPE differs by layer type ({sorted(rope)}), which is not supported."
         )
     rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type", "default")
+    if rope["rope_type"] == "mrope":  # of text alone, whose three positions are one
+        rope["rope_type"] = "default"
     theta = rope.get("rope_theta", text.get("rope_theta"))
     if theta is None:
         raise VerifierError(f"{info.name_or_path}: config.json names no rope_theta; a draft must share the verifier's.")

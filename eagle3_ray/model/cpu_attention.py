@@ -6,6 +6,20 @@ of which the kernel knows without a mask and without computing a score in vain:
     document  s . . . a . . b        rows a..b-1: keys s..a-1 are seen by all of them,
                       r r r          keys a..b-1 causally
 
+With a window a row sees only as many keys as it reaches. Runs are then cut into blocks of rows, and what a block sees
+before its triangle is a rectangle that all of its rows reach and a corner, which alone takes a mask:
+
+    rows a..b-1   c c r r r r t . .
+                  . c r r r r t t .
+                  . . r r r r t t t
+
+Where the reach is shorter than a block, all of it is one band under a mask, or a call of the kernel would do next to
+nothing:
+
+    rows a..b-1   b b b . . .
+                  . b b b . .
+                  . . b b b .
+
 A softmax over parts is the sum of the parts' outputs, each weighted by exp(its log-sum-exp - that of the whole).
 Backward needs no derivative of that merge: given the whole's output and log-sum-exp, P = exp(S - lse) are the
 true probabilities of each part, so the kernel's own backward gives each part's share of the gradients.
@@ -22,17 +36,47 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
+MIN_BLOCK_ROWS, MAX_BLOCK_ROWS = 64, 512  # of a block under a window; the largest mask, a corner's, is its square
+
+
 class Piece(NamedTuple):
-    """Rows and the step-0 keys they see: all of them, or (`is_causal`) as a triangle."""
+    """Rows and step-0 keys: the r-th row sees the c-th key if lowest <= c - r <= highest; None bounds nothing."""
 
     rows: slice
     keys: slice
-    is_causal: bool
+    lowest: int | None = None
+    highest: int | None = None
+
+    @property
+    def has_own_keys(self) -> bool:
+        """Whether its rows see their own keys here, which each row does in one piece: a triangle or a band."""
+        return self.highest is not None
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether it is a triangle."""
+        return self.lowest is None and self.has_own_keys
+
+    def mask(self, dtype: torch.dtype) -> Tensor | None:
+        """Return what is added to a corner's or a band's scores, [rows, keys], or None."""
+        if self.lowest is None:
+            return None
+        shape = [part.stop - part.start for part in (self.rows, self.keys)]
+        is_visible = torch.ones(shape, dtype=torch.bool).triu(self.lowest)
+        if self.highest is not None:
+            is_visible = is_visible.tril(self.highest)
+        return torch.zeros(shape, dtype=dtype).masked_fill_(~is_visible, -torch.inf)
 
 
-def cut_into_pieces(documents: Sequence[tuple[int, int]], rows: Tensor) -> list[Piece]:
-    """Return what `rows` [R] (ascending) see of their documents, the triangles first: they hold each row once."""
-    triangles, rectangles = [], []
+def cut_into_pieces(documents: Sequence[tuple[int, int]], rows: Tensor, reach: int | None = None) -> list[Piece]:
+    """Return what `rows` [R] (ascending) see of their documents, first what holds their own keys.
+
+    Args:
+        documents: (start, end) of each document.
+        rows: [R] int64.
+        reach: Keys that a row sees, its own included; None: all of its document up to it.
+    """
+    pieces = []
     for start, end in documents:
         first, last = torch.searchsorted(rows, torch.tensor([start, end])).tolist()
         indexes = rows[first:last].tolist()
@@ -40,11 +84,30 @@ def cut_into_pieces(documents: Sequence[tuple[int, int]], rows: Tensor) -> list[
         for low, high in zip([0, *bounds], [*bounds, len(indexes)], strict=True):
             if low == high:
                 continue  # a document without rows
-            here, run = indexes[low], slice(first + low, first + high)
-            triangles.append(Piece(run, slice(here, here + high - low), is_causal=True))
-            if here > start:
-                rectangles.append(Piece(run, slice(start, here), is_causal=False))
-    return triangles + rectangles
+            size = high - low if reach is None else min(max(reach, MIN_BLOCK_ROWS), MAX_BLOCK_ROWS)
+            for begin in range(low, high, size):
+                block = slice(first + begin, first + min(begin + size, high))
+                pieces += _cut_block(block, start, indexes[begin], reach)
+    return sorted(pieces, key=lambda piece: not piece.has_own_keys)
+
+
+def _cut_block(rows: slice, start: int, here: int, reach: int | None) -> list[Piece]:
+    """Return what rows of the indexes from `here` on see of a document that begins at `start`."""
+    num_rows = rows.stop - rows.start
+    triangle = Piece(rows, slice(here, here + num_rows), highest=0)
+    if reach is None:
+        return [triangle, Piece(rows, slice(start, here))] if here > start else [triangle]
+    first_reaches, all_reach = max(start, here - reach + 1), max(start, here + num_rows - reach)
+    if all_reach > here:
+        own = here - first_reaches  # c - r of a row's own key
+        return [Piece(rows, slice(first_reaches, here + num_rows), own - reach + 1, own)]
+    pieces = [triangle]
+    if here > all_reach:
+        pieces.append(Piece(rows, slice(all_reach, here)))
+    if (num_keys := all_reach - first_reaches) > 0:
+        others = slice(rows.start, rows.stop - 1)  # the last row reaches none of them
+        pieces.append(Piece(others, slice(first_reaches, all_reach), lowest=num_keys - (num_rows - 1)))
+    return pieces
 
 
 def attend_pieces(
@@ -81,9 +144,11 @@ class _PieceAttention(torch.autograd.Function):
         output = torch.empty(queries.shape, dtype=exact)
         lse_RQ = torch.empty(queries.shape[:2], dtype=exact)
         o_GMRD, lse_GMR = _heads_first(output, keys.shape[1]), _heads_first(lse_RQ, keys.shape[1])
-        for rows, cols, is_causal in pieces:
-            part, lse = _flash(q_GMRD[:, :, rows], k_GMTD[:, :, cols], v_GMTD[:, :, cols], 0.0, is_causal)
-            if not is_causal:
+        for piece in pieces:
+            rows, cols = piece.rows, piece.keys
+            of_piece = (q_GMRD[:, :, rows], k_GMTD[:, :, cols], v_GMTD[:, :, cols])
+            part, lse = _flash(*of_piece, 0.0, piece.is_causal, attn_mask=piece.mask(exact))
+            if not piece.has_own_keys:
                 part, lse = _merge(o_GMRD[:, :, rows], lse_GMR[:, :, rows], part, lse)
             o_GMRD[:, :, rows], lse_GMR[:, :, rows] = part, lse
         pairs = list(zip(diagonal[::2], diagonal[1::2], strict=True))
@@ -103,7 +168,8 @@ class _PieceAttention(torch.autograd.Function):
         grad_queries = torch.empty(queries.shape, dtype=exact)
         grad_keys, grad_values = torch.zeros(keys.shape, dtype=exact), torch.zeros(values.shape, dtype=exact)
         grad_q_GMRD = _heads_first(grad_queries, num_groups)
-        for rows, cols, is_causal in ctx.pieces:
+        for piece in ctx.pieces:
+            rows, cols = piece.rows, piece.keys
             of_rows = (x[:, :, rows] for x in (o_GMRD, lse_GMR))
             grad_q, grad_k, grad_v = _flash_backward(
                 grad_GMRD[:, :, rows],
@@ -112,9 +178,10 @@ class _PieceAttention(torch.autograd.Function):
                 v_GMTD[:, :, cols],
                 *of_rows,
                 0.0,
-                is_causal,
+                piece.is_causal,
+                attn_mask=piece.mask(exact),
             )
-            grad_q_GMRD[:, :, rows] = grad_q if is_causal else grad_q_GMRD[:, :, rows] + grad_q
+            grad_q_GMRD[:, :, rows] = grad_q if piece.has_own_keys else grad_q_GMRD[:, :, rows] + grad_q
             grad_keys[cols] += grad_k.sum(1).transpose(0, 1)
             grad_values[cols] += grad_v.sum(1).transpose(0, 1)
         shift_RGM = (grad_GMRD * o_GMRD).sum(-1).permute(2, 0, 1)

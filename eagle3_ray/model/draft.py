@@ -40,8 +40,8 @@ class DraftInputs:
         last_state: [T, H] the verifier's last hidden state, in the compute dtype.
         position_ids: [T] int64.
         layout: Its tensors on the device.
-        attend_rows: Attention of `layout.rows`.
-        attend_all: Attention of every index, for all layers but the last.
+        attend_rows: Attention of `layout.rows` in each step, P of them.
+        attend_all: Attention of every index in step 0, for all layers but the last.
     """
 
     input_ids: Tensor
@@ -49,20 +49,33 @@ class DraftInputs:
     last_state: Tensor
     position_ids: Tensor
     layout: TttLayout
-    attend_rows: DocumentAttention
+    attend_rows: tuple[DocumentAttention, ...]
     attend_all: DocumentAttention
 
 
+def look_up(embedding: Tensor, ids: Tensor) -> Tensor:
+    """Return the rows [T, H] of an embedding [W, H] for ids [T] int64."""
+    # On a CPU embedding adds up a frequent token's bf16 gradients in bf16, and most of them are lost; index_select does
+    # so in fp32. On a GPU index_select adds them in any order.
+    return nn.functional.embedding(ids, embedding) if embedding.is_cuda else embedding.index_select(0, ids)
+
+
 class Eagle3Draft(nn.Module):
-    """The draft: embedding, fc, decoder layers, final norm and head, under the names the checkpoint carries."""
+    """The draft: embedding, fc, decoder layers, final norm and head, under the names the checkpoint carries.
+
+    Attributes:
+        recomputes_layers: The backward pass computes anew what the decoder layers compute in each TTT step, instead of
+            keeping it; the gradients are the same.
+    """
 
     def __init__(self, config: DraftConfig) -> None:
         super().__init__()
         self.config = config
+        self.recomputes_layers = False
         layer, hidden_size, num_aux = config.layer, config.hidden_size, config.num_aux_layers
         eps = layer.rms_norm_eps
         self.embed_tokens = nn.Embedding(layer.vocab_size, hidden_size)
-        self.embed_tokens.requires_grad_(False)
+        self.embed_tokens.requires_grad_(config.embed_requires_grad)
         if config.norm_before_fc:
             self.input_norm = nn.RMSNorm(num_aux * hidden_size, eps=eps)
         if config.fc_norm:
@@ -74,6 +87,7 @@ class Eagle3Draft(nn.Module):
         )
         self.norm = nn.RMSNorm(hidden_size, eps=eps)
         self.lm_head = nn.Linear(hidden_size, config.draft_vocab_size, bias=False)
+        self.lm_head.requires_grad_(not config.freeze_lm_head)
         self.rotary = RotaryTable(layer)
 
     @property
@@ -102,25 +116,29 @@ class Eagle3Draft(nn.Module):
             target_head.weight,
             layout.is_valid,
             weights,
+            target_head.losses,
+            target_head.logit_cap,
         )
         return TttOutput(loss, sum_matches(loss_sums, is_match, layout))
 
     def unroll(self, inputs: DraftInputs) -> list[Tensor]:
         """Return the normed hidden state of every step: P tensors [R, H]."""
         layout, hidden = inputs.layout, self.combine_aux_states(inputs.aux_states)
-        *early, last = [LayerPass(layer, layout, layer is self.layers[-1]) for layer in self.decoder_layers]
+        *early, last = [
+            LayerPass(layer, layout, layer is self.layers[-1], self.recomputes_layers) for layer in self.decoder_layers
+        ]
         passes = [*early, last]
-        passes[0].read_tokens(self.embed_tokens(inputs.input_ids))
+        passes[0].read_tokens(look_up(self.embed_tokens.weight, inputs.input_ids))
         rotation = self.rotary(inputs.position_ids, hidden.dtype)
         for layer_pass in early:
             hidden = layer_pass.first_step(hidden, rotation, inputs.attend_all)
-        hidden = last.first_step(hidden, rotation, inputs.attend_rows)
+        hidden = last.first_step(hidden, rotation, inputs.attend_rows[0])
         states: list[Tensor] = [self.norm(hidden)]
         for step in range(1, layout.counts.numel()):
             hidden = states[-1] if self.config.norm_output else hidden
             rotation = self.rotary(inputs.position_ids[layout.rows] + step, hidden.dtype)
             for layer_pass in passes:
-                hidden = layer_pass.later_step(step, hidden, rotation, inputs.attend_rows)
+                hidden = layer_pass.later_step(step, hidden, rotation, inputs.attend_rows[step])
             states.append(self.norm(hidden))
         return states
 

@@ -8,12 +8,19 @@ A token's embedding is the same in every TTT step that reads it, so the first pr
 the second alone: half of these projections' cost is gone from all steps but one.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from eagle3_ray.model.attention import DocumentAttention
 from eagle3_ray.model.config import LayerConfig
 from eagle3_ray.model.layout import TttLayout
+
+Rotation = tuple[Tensor, Tensor]  # cos and sin, each [*, 1, D]
+Attended = tuple[Tensor, Tensor, Tensor]  # a layer's output [*, H], and the keys and values [*, G, D] it has made
 
 
 class RotaryTable(nn.Module):
@@ -33,7 +40,7 @@ class RotaryTable(nn.Module):
         return (angle.cos() * self.scale).to(dtype), (angle.sin() * self.scale).to(dtype)
 
 
-def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """Apply RoPE to x [*, heads, D] in Llama's half-split layout."""
     cos, sin = rotation
     low, high = x.chunk(2, dim=-1)
@@ -51,6 +58,16 @@ class DraftAttention(nn.Module):
         self.k_proj = nn.Linear(input_size, key_size, bias=False)
         self.v_proj = nn.Linear(input_size, key_size, bias=False)
         self.o_proj = nn.Linear(query_size, layer.hidden_size, bias=False)
+        self.q_norm = nn.RMSNorm(layer.head_dim, eps=layer.rms_norm_eps) if layer.has_qk_norms else nn.Identity()
+        self.k_norm = nn.RMSNorm(layer.head_dim, eps=layer.rms_norm_eps) if layer.has_qk_norms else nn.Identity()
+
+    def split_queries(self, x: Tensor, rotation: Rotation) -> Tensor:
+        """[*, Q*D] -> [*, Q, D], normed if this draft norms them, rotated."""
+        return rotate(self.q_norm(x.unflatten(-1, (-1, self.head_dim))), rotation)
+
+    def split_keys(self, x: Tensor, rotation: Rotation) -> Tensor:
+        """[*, G*D] -> [*, G, D], normed if this draft norms them, rotated."""
+        return rotate(self.k_norm(x.unflatten(-1, (-1, self.head_dim))), rotation)
 
 
 class DraftMlp(nn.Module):
@@ -81,6 +98,10 @@ class DraftLayer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(layer.hidden_size, eps=layer.rms_norm_eps)
         self.mlp = DraftMlp(layer)
 
+    def forward(self, work: Callable[..., Attended], *arguments: Any) -> Attended:
+        """Do a step's work, for which the caller may have put other weights in place."""
+        return work(*arguments)
+
     def prepare(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Return what the attention reads of the hidden state, and the residual, both [*, H]."""
         if not self.is_first:
@@ -101,15 +122,17 @@ class LayerPass:
     Step 0 gives keys and values of every index [T, G, D], each later step those of the rows [R, G, D].
     """
 
-    def __init__(self, layer: DraftLayer, layout: TttLayout, is_last: bool) -> None:
+    def __init__(self, layer: DraftLayer, layout: TttLayout, is_last: bool, recomputes: bool = False) -> None:
         """Take the weights apart, once for all steps.
 
         Args:
             layer: Its weights.
             layout: Of the bin, on the device.
             is_last: Its output is needed at the rows alone, in step 0 too.
+            recomputes: Of each step the backward pass makes anew what lies between its arguments and its results.
         """
-        self._layer, self._layout, self._is_last = layer, layout, is_last
+        self._layer, self._layout, self._is_last, self._recomputes = layer, layout, is_last, recomputes
+        self._weights: dict[str, Tensor] = dict(layer.named_parameters())
         attention = layer.self_attn
         queries, keys_values = attention.q_proj.weight, torch.cat((attention.k_proj.weight, attention.v_proj.weight))
         hidden_size = attention.o_proj.out_features
@@ -127,42 +150,81 @@ class LayerPass:
         self._token_keys_values = x @ key_value_weight.T
         self._token_queries = (x[self._layout.tokens] if self._is_last else x) @ query_weight.T
 
-    def first_step(self, hidden: Tensor, rotation: tuple[Tensor, Tensor], attend: DocumentAttention) -> Tensor:
+    def first_step(self, hidden: Tensor, rotation: Rotation, attend: DocumentAttention) -> Tensor:
         """Causal attention over the documents: hidden [T, H] -> [T, H], or [R, H] from the last layer."""
+        token_keys_values, token_queries = self._token_keys_values, self._token_queries
+        output, self._keys, self._values = self._run(
+            self._attend_first, hidden, token_queries, token_keys_values, rotation, attend
+        )
+        # Later steps read the tokens of the rows alone.
+        self._token_keys_values = _select(token_keys_values, self._layout.tokens)
+        if not self._is_last:
+            self._token_queries = _select(token_queries, self._layout.tokens)
+        return output
+
+    def later_step(self, step: int, hidden: Tensor, rotation: Rotation, attend: DocumentAttention) -> Tensor:
+        """Attention over step 0 and the row's own later steps, up to this one: hidden [R, H] -> [R, H]."""
+        place, tokens = self._layout.token_of_row[step], (self._token_queries, self._token_keys_values)
+        output, keys, values = self._run(
+            self._attend_later, hidden, *tokens, place, rotation, attend, self._keys, self._values, tuple(self._later)
+        )
+        self._later.append((keys, values))
+        return output
+
+    def _run(self, work: Callable[..., Attended], *arguments: Any) -> Attended:
+        """Do a step's work, of which the backward pass needs all that lies between, or its arguments and results."""
+        if not self._recomputes:
+            return work(*arguments)
+
+        def do(*arguments: Any) -> Attended:
+            # With the weights of now: copies cast for the forward pass are gone from the layer in the backward one.
+            attended: Attended = torch.func.functional_call(self._layer, self._weights, (work, *arguments))
+            return attended
+
+        attended: Attended = checkpoint(do, *arguments, use_reentrant=False, preserve_rng_state=False)
+        return attended
+
+    def _attend_first(
+        self,
+        hidden: Tensor,
+        token_queries: Tensor | None,
+        token_keys_values: Tensor | None,
+        rotation: Rotation,
+        attend: DocumentAttention,
+    ) -> Attended:
         x, residual = self._layer.prepare(hidden)
-        self._keys, self._values = self._split(_project(x, self._key_value_weight, self._token_keys_values), rotation)
-        token_queries = self._token_queries
+        keys, values = self._split(_project(x, self._key_value_weight, token_keys_values), rotation)
         if self._is_last:
             rows = self._layout.rows
             x, residual, rotation = x[rows], residual[rows], (rotation[0][rows], rotation[1][rows])
             token_queries = _select(token_queries, self._layout.token_of_row[0])
-        queries = self._rotate(_project(x, self._query_weight, token_queries), rotation)
-        # Later steps read the tokens of the rows alone.
-        self._token_keys_values = _select(self._token_keys_values, self._layout.tokens)
-        if not self._is_last:
-            self._token_queries = _select(self._token_queries, self._layout.tokens)
-        return self._layer.finish(attend(queries, self._keys, self._values, ()), residual)
+        queries = self._layer.self_attn.split_queries(_project(x, self._query_weight, token_queries), rotation)
+        return self._layer.finish(attend(queries, keys, values, ()), residual), keys, values
 
-    def later_step(
-        self, step: int, hidden: Tensor, rotation: tuple[Tensor, Tensor], attend: DocumentAttention
-    ) -> Tensor:
-        """Attention over step 0 and the row's own later steps, up to this one: hidden [R, H] -> [R, H]."""
-        place = self._layout.token_of_row[step]
+    def _attend_later(
+        self,
+        hidden: Tensor,
+        token_queries: Tensor | None,
+        token_keys_values: Tensor | None,
+        place: Tensor,
+        rotation: Rotation,
+        attend: DocumentAttention,
+        keys: Tensor,
+        values: Tensor,
+        earlier: tuple[tuple[Tensor, Tensor], ...],
+    ) -> Attended:
         x, residual = self._layer.prepare(hidden)
-        keys_values = _project(x, self._key_value_weight, _select(self._token_keys_values, place))
-        self._later.append(self._split(keys_values, rotation))
-        queries = self._rotate(_project(x, self._query_weight, _select(self._token_queries, place)), rotation)
-        return self._layer.finish(attend(queries, self._keys, self._values, self._later), residual)
+        own = self._split(_project(x, self._key_value_weight, _select(token_keys_values, place)), rotation)
+        projected = _project(x, self._query_weight, _select(token_queries, place))
+        queries = self._layer.self_attn.split_queries(projected, rotation)
+        return self._layer.finish(attend(queries, keys, values, (*earlier, own)), residual), *own
 
-    def _rotate(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-        """[*, heads*D] -> [*, heads, D], rotated."""
-        return rotate(x.unflatten(-1, (-1, self._layer.self_attn.head_dim)), rotation)
-
-    def _split(self, keys_values: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def _split(self, keys_values: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
         """[*, 2G*D] -> keys [*, G, D], rotated, and values [*, G, D]."""
+        attention = self._layer.self_attn
         keys, values = keys_values.chunk(2, dim=-1)
         # A copy of the values: a view of them would keep the unrotated keys as well.
-        return self._rotate(keys, rotation), values.unflatten(-1, (-1, self._layer.self_attn.head_dim)).contiguous()
+        return attention.split_keys(keys, rotation), values.unflatten(-1, (-1, attention.head_dim)).contiguous()
 
 
 def _project(x: Tensor, weight: Tensor, addend: Tensor | None) -> Tensor:

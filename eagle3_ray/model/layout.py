@@ -27,8 +27,9 @@ class TttLayout:
         documents: [(start, end), ...] of the documents, in order, covering 0..T.
         rows: [R] int64, ascending indexes whose output is needed in some step.
         targets: [N] int64, ascending supervised indexes.
-        row_of_target: [P, N] int64, position in `rows` of the index that predicts target n in step k (0 where invalid).
-        is_valid: [P, N] bool, that index lies in the target's document.
+        row_of_target: [P, N] int64, position in `rows` of the index that predicts target n in step k (any if invalid).
+        is_valid: [P, N] bool, that index lies in the target's document; and, if those that the draft cannot say are
+            left out, the target is none of them.
         counts: [P] int64, valid targets of each step.
         tokens: [U] int64, ascending indexes whose token some row reads in some step.
         token_of_row: [P, R] int64, position in `tokens` of what each row reads in step k.

@@ -28,30 +28,33 @@ from eagle3_ray.errors import CheckpointError, Eagle3RayError
 from eagle3_ray.model.draft import Eagle3Draft
 from eagle3_ray.speculators_format import check_speculators_folder
 from eagle3_ray.storage import ObjectPath, StoragePath, upload_folder, write_atomically
+from eagle3_ray.training.ema import Ema
 from eagle3_ray.training.run_folder import RECORD, STATE, remove_unfinished
-from eagle3_ray.training.sharding import FROZEN, trained_state
+from eagle3_ray.training.sharding import frozen_weights, trained_state
 
 
 class HostState:
     """This rank's part of the trained state as it was at one step, in host memory.
 
-    Every copy goes to the same buffers: 12 bytes a trained weight (fp32 masters and Adam's two moments) over the
-    number of ranks, pinned where the state is on a GPU; and on rank 0 the frozen embedding in bf16.
+    Every copy goes to the same buffers: 12 bytes a trained weight (fp32 masters and Adam's two moments; 8 where Muon
+    has one; 4 more with a moving average) over the number of ranks, pinned where the state is on a GPU; and on rank 0
+    what is frozen, in bf16.
 
     What is made of it runs behind the training, and its collectives therefore in a process group of its own: a group
     wants its calls in one order on all ranks, which two threads cannot keep.
     """
 
-    def __init__(self, draft: Eagle3Draft, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, draft: Eagle3Draft, optimizer: torch.optim.Optimizer, ema: Ema | None = None) -> None:
         """Copy what never changes. collective: every rank calls it."""
         self.config = draft.config
-        self._draft, self._optimizer = draft, optimizer
+        self._draft, self._optimizer, self._ema = draft, optimizer, ema
         group = dist.new_group(backend="gloo")
         assert isinstance(group, dist.ProcessGroup)  # torch has other types for ranks outside it
         self.group = group
         self.is_first = dist.get_rank() == 0
         self._mesh = DeviceMesh.from_group(group, "cpu")
-        self._embedding = draft.get_parameter(FROZEN).detach().to("cpu", torch.bfloat16) if self.is_first else None
+        frozen = frozen_weights(draft) if self.is_first else {}
+        self._frozen = {name: weight.detach().to("cpu", torch.bfloat16) for name, weight in frozen.items()}
         self._buffers: dict[tuple[Any, ...], Tensor] = {}
         self.state: dict[str, Any] = {}
 
@@ -61,6 +64,7 @@ class HostState:
         state = {
             "model": trained_state(self._draft),
             "optimizer": get_optimizer_state_dict(self._draft, self._optimizer),
+            **({} if self._ema is None else {"ema": self._ema.weights}),
         }
         self.state = self._copy_tree(state, ())
         if torch.cuda.is_available():
@@ -88,16 +92,19 @@ class HostState:
 
     @torch.no_grad()
     def gather_weights(self) -> dict[str, Tensor]:
-        """Return every tensor of the draft in full, in bf16, on rank 0; nothing elsewhere. collective, in `group`."""
-        full = {}
-        for name, tensor in self.state["model"].items():
+        """Return every tensor of the draft to serve in full, in bf16, on rank 0; nothing elsewhere.
+
+        Those of the moving average where there is one. collective, in `group`.
+        """
+        full = dict(self._frozen)
+        for name, tensor in self.state["model" if self._ema is None else "ema"].items():
             if isinstance(tensor, DTensor):  # cast first: half the bytes cross
                 whole = self._shard(tensor.to_local().bfloat16(), tensor).full_tensor()
             else:
                 whole = tensor.bfloat16()
             if self.is_first:
                 full[name] = whole
-        return full if self._embedding is None else {FROZEN: self._embedding, **full}
+        return full
 
     def together(self, work: Callable[[], None]) -> None:
         """Do this rank's part of something that is nothing unless every rank does its own. collective, in `group`.
@@ -171,29 +178,36 @@ def told_as_not_saved(path: StoragePath) -> Iterator[None]:
 def write_servable_draft(
     folder: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor], mapping: VocabMapping
 ) -> None:
-    """Write config.json and model.safetensors as vLLM reads them."""
+    """Write config.json and model.safetensors as vLLM reads them, for which no mapping is a full vocabulary."""
     tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
-    tensors |= {"d2t": mapping.draft_to_verifier_offset, "t2d": mapping.in_draft_vocab}
+    if not mapping.is_full:
+        tensors |= {"d2t": mapping.draft_to_verifier_offset, "t2d": mapping.in_draft_vocab}
     config_path, weights_path = folder / "config.json", folder / "model.safetensors"
     config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     save_file(tensors, weights_path, metadata={"format": "pt"})
     shutil.copymode(config_path, weights_path)  # the library lets nobody else read it, a server of another user say
 
 
-def restore_checkpoint(state_dir: Path, draft: Eagle3Draft, optimizer: torch.optim.Optimizer) -> None:
-    """Load weights and optimizer state saved by any number of ranks. collective: every rank calls it.
+def restore_checkpoint(
+    state_dir: Path, draft: Eagle3Draft, optimizer: torch.optim.Optimizer, ema: Ema | None = None
+) -> None:
+    """Load weights, optimizer state and average saved by any number of ranks. collective: every rank calls it.
 
     Args:
         state_dir: The checkpoint's `state/`, on this machine.
         draft: Filled in place.
         optimizer: Filled in place.
+        ema: Filled in place.
 
     Raises:
         CheckpointError: The state cannot be read, or is of another draft.
     """
     optimizer_state = get_optimizer_state_dict(draft, optimizer)
+    state = {"model": trained_state(draft), "optimizer": optimizer_state}
+    if ema is not None:
+        state["ema"] = ema.weights
     try:
-        dcp.load({"model": trained_state(draft), "optimizer": optimizer_state}, checkpoint_id=state_dir)
+        dcp.load(state, checkpoint_id=state_dir)
     except (CheckpointException, ValueError, RuntimeError, OSError) as error:
         raise CheckpointError(
             f"{state_dir}: cannot be restored ({error}). Move the checkpoint away to go on from an older one."

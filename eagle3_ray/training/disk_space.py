@@ -7,27 +7,31 @@ from pathlib import Path
 
 import torch
 
+from eagle3_ray.config import OptimizerSettings
 from eagle3_ray.errors import CheckpointError
 from eagle3_ray.model.config import DraftConfig
 from eagle3_ray.model.draft import Eagle3Draft
 from eagle3_ray.storage import StoragePath, remove_tree
+from eagle3_ray.training.estimate import DEFAULTS, count_weights
 from eagle3_ray.training.run_folder import find_uncommitted, is_ours
 
-STATE_BYTES, DRAFT_BYTES = 12, 2  # a weight: fp32 master and Adam's two moments, for trained ones; bf16
+DRAFT_BYTES = 2  # a weight: bf16
 # At most, of a rank's part of a tensor in the state: headers and an entry in the list of contents.
 PART_BYTES = 4096
 REST_BYTES = 2**20  # config, record, and what Ray notes
 
 
-def checkpoint_bytes(config: DraftConfig, num_ranks: int) -> int:
+def checkpoint_bytes(config: DraftConfig, num_ranks: int, settings: OptimizerSettings = DEFAULTS) -> int:
     """Return what a checkpoint takes on disk: its tensors exactly, and an upper bound of what is around them."""
     with torch.device("meta"):
         weights = list(Eagle3Draft(config).parameters())
     trained = [weight for weight in weights if weight.requires_grad]
-    mapping_bytes = 8 * config.draft_vocab_size + config.layer.vocab_size
-    num_parts = 4 * len(trained) * num_ranks  # Adam counts its steps besides
+    is_full = config.draft_vocab_size == config.layer.vocab_size
+    mapping_bytes = 0 if is_full else 8 * config.draft_vocab_size + config.layer.vocab_size
+    per_weight = 5 if settings.ema_decay else 4  # master, Adam's two moments and count of steps; an average
+    num_parts = per_weight * len(trained) * num_ranks
     return (
-        STATE_BYTES * sum(weight.numel() for weight in trained)
+        count_weights(config).state_bytes(settings)
         + DRAFT_BYTES * sum(weight.numel() for weight in weights)
         + mapping_bytes
         + PART_BYTES * num_parts

@@ -1,7 +1,7 @@
 """What the driver decides once and every rank reads: one frozen description of the run."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -17,6 +17,7 @@ from eagle3_ray.model.verifier import VerifierInfo
 from eagle3_ray.storage import StoragePath
 from eagle3_ray.training.channel import Channel
 from eagle3_ray.training.run_folder import CommittedCheckpoint, is_step_folder
+from eagle3_ray.training.stagnation import Stagnation
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class TrainJob:
         mapping: Draft vocabulary.
         train_source: The `BinSource` of the training samples, in the object store.
         validation_source: That of the validation samples, or None without any.
-        schedule: Which rank computes which training bin when.
+        schedule: Which rank computes which training bin when; of an elastic run, where there are as many as there may.
         validation_schedule: The same for one pass over the validation bins, or None.
         stop_step: Optimizer updates after which to stop; fewer than the schedule's if the user wants to pause there.
         identity: What a checkpoint must share with this run to be resumed from.
@@ -54,6 +55,13 @@ class TrainJob:
         """The run folder."""
         return self.settings.save_path
 
+    def on_workers(self, num_workers: int) -> "TrainJob":
+        """Return the same run, steps and bins of a step included, dealt out to so many ranks."""
+        schedule, validation = replace(self.schedule, num_workers=num_workers), self.validation_schedule
+        if validation is not None:
+            validation = replace(validation, bins_per_step=num_workers, num_workers=num_workers)
+        return replace(self, schedule=schedule, validation_schedule=validation)
+
     def leave_out_bad_file(self, file: BadFile) -> None:
         """Have a file that has gone bad left out, of which the driver takes note; or end the run.
 
@@ -71,4 +79,11 @@ class TrainJob:
 
     def is_complete(self, checkpoint: CommittedCheckpoint) -> bool:
         """Tell whether nothing is left to do after this checkpoint."""
-        return checkpoint.step >= self.stop_step and not self.owes_validation(checkpoint)
+        if self.settings.dry_run:
+            return True
+        has_ended = checkpoint.step >= self.stop_step or self.has_stagnated(checkpoint.stagnation)
+        return has_ended and not self.owes_validation(checkpoint)
+
+    def has_stagnated(self, stagnation: Stagnation) -> bool:
+        """Tell whether the run ends early, since validation has not improved for long enough."""
+        return stagnation.is_over(self.settings.early_stop_epochs)

@@ -13,11 +13,11 @@ from ray.data import DataIterator
 from eagle3_ray.data.packing import BinSchedule
 from eagle3_ray.data.pipeline import BinSource, StepBins, iter_step_bins
 from eagle3_ray.errors import on_top
-from eagle3_ray.metrics import LEFT_OUT_STEPS, TRAIN, VAL, summarize
+from eagle3_ray.metrics import LEFT_OUT_STEPS, TRAIN, VAL, summarize, summarize_spread
 from eagle3_ray.storage import write_atomically
 from eagle3_ray.training.job import TrainJob
-from eagle3_ray.training.meter import Meter
-from eagle3_ray.training.optim import learning_rate, set_learning_rate, warmup_steps
+from eagle3_ray.training.meter import Meter, Spread
+from eagle3_ray.training.optim import scheduled_rate, set_learning_rate
 from eagle3_ray.training.outcome import learn_outcome
 from eagle3_ray.training.progress import Note, StepProgress
 from eagle3_ray.training.pulses import Mark
@@ -47,7 +47,10 @@ def run_rank(job: TrainJob) -> None:
             finish_epoch(rank)
         rank.laps.end("validation")
         rank.meter.restart_clock()
-        for item in items:
+        for item in () if job.has_stagnated(rank.stagnation) else items:
+            if job.settings.dry_run:
+                save(rank, step_folder(0), {})
+                break
             rank.saver.check()
             update(rank, item)
             is_last, is_epoch_end = rank.step == job.stop_step, rank.step % job.schedule.steps_per_epoch == 0
@@ -59,7 +62,7 @@ def run_rank(job: TrainJob) -> None:
                 save(rank, step_folder(rank.step), validate(rank))
             elif rank.is_stopping or rank.is_saving or is_due(rank.step, job.settings.checkpoint_every_steps):
                 save(rank, step_folder(rank.step), {})
-            if rank.is_stopping:
+            if rank.is_stopping or job.has_stagnated(rank.stagnation):
                 break
             rank.meter.restart_clock()
     job.channel.flush()
@@ -73,7 +76,8 @@ def is_due(step: int, every: int | None) -> bool:
 def iter_train_bins(rank: Rank) -> Iterator[StepBins[ReadyBin]]:
     """Stream this rank's bins from the first step not yet done to the last."""
     steps = range(rank.step, rank.job.stop_step)
-    return iter_bins(rank, ray.train.get_dataset_shard("train"), rank.train_source, rank.job.schedule, steps)
+    shard = None if rank.job.settings.is_elastic else ray.train.get_dataset_shard("train")
+    return iter_bins(rank, shard, rank.train_source, rank.job.schedule, steps)
 
 
 def iter_bins(
@@ -86,6 +90,7 @@ def iter_bins(
         num_ttt_steps=settings.num_ttt_steps,
         num_layers=len(rank.draft.layers),
         device=settings.device,
+        sliding_window=rank.job.draft_config.layer.sliding_window,
     )
     is_gpu, pack_in = settings.device.type == "cuda", rank.job.settings.pack_in
     items = iter_step_bins(
@@ -122,9 +127,7 @@ def update(rank: Rank, item: StepBins[ReadyBin]) -> None:
     """
     assert item.step == rank.step
     job, settings = rank.job, rank.job.settings
-    total_steps = job.schedule.total_steps
-    num_warmup = warmup_steps(total_steps, settings.warmup_frac)
-    set_learning_rate(rank.optimizer, learning_rate(rank.step, total_steps, num_warmup, settings.lr))
+    set_learning_rate(rank.optimizer, scheduled_rate(settings, rank.step, job.schedule.total_steps))
     epoch = rank.step // job.schedule.steps_per_epoch
     result = train_step(
         rank.draft,
@@ -134,6 +137,7 @@ def update(rank: Rank, item: StepBins[ReadyBin]) -> None:
         epoch,
         rank.settings,
         Wishes(stop=rank.stop_ordered.is_set(), save=rank.saver.is_due() or must_save_now(rank)),
+        rank.ema,
     )
     learn_outcome(rank)
     rank.pending = PendingStep(rank.step, result)
@@ -194,6 +198,7 @@ def finish_epoch(rank: Rank) -> None:
     A run that is stopping saves as within an epoch: the validation is made up for when it goes on.
     """
     validation = validate(rank)
+    rank.stagnation = rank.stagnation.after(validation)
     epoch = rank.step // rank.job.schedule.steps_per_epoch - 1
     owes_validation = rank.is_stopping and rank.job.validation_schedule is not None
     save(rank, step_folder(rank.step) if owes_validation else epoch_folder(epoch), validation)
@@ -202,20 +207,24 @@ def finish_epoch(rank: Rank) -> None:
 def validate(rank: Rank) -> dict[str, float]:
     """Run every validation bin through the draft, log the means over all of them, and return them. collective.
 
-    Nothing is returned if the run is stopping, or is told to meanwhile.
+    With a moving average of the weights, by that. Nothing is returned if the run is stopping, or is told to meanwhile.
     """
     job = rank.job
     if job.validation_schedule is None or rank.validation_source is None or rank.is_stopping:
         return {}
-    meter = Meter(job.settings.ttt_steps, rank.settings.device)
+    num_ttt_steps, device = job.settings.ttt_steps, rank.settings.device
+    meter, spread = Meter(num_ttt_steps, device), Spread(num_ttt_steps, device)
     steps = range(job.validation_schedule.steps_per_epoch)
-    for item in iter_bins(rank, None, rank.validation_source, job.validation_schedule, steps):
-        if item.step % STOP_EVERY_VALIDATION_STEPS == 0 and agree_to_stop(rank):
-            return {}
-        for ready in item.bins:
-            meter.add(eval_step(rank.draft, rank.target_head, ready, rank.settings), ready.num_tokens, item.wait_s)
-    sums, _ = meter.reduce()
-    metrics = summarize(sums, job.settings.ttt_step_loss_decay, VAL)
+    with contextlib.nullcontext() if rank.ema is None else rank.ema.in_place():
+        for item in iter_bins(rank, None, rank.validation_source, job.validation_schedule, steps):
+            if item.step % STOP_EVERY_VALIDATION_STEPS == 0 and agree_to_stop(rank):
+                return {}
+            for ready in item.bins:
+                sums = eval_step(rank.draft, rank.target_head, ready, rank.settings)
+                meter.add(sums, ready.num_tokens, item.wait_s)
+                spread.add(sums)
+    totals, _ = meter.reduce()
+    metrics = summarize(totals, job.settings.ttt_step_loss_decay, VAL) | summarize_spread(spread.reduce())
     rank.loggers.log(metrics, rank.step)
     return metrics
 
@@ -243,9 +252,12 @@ def save(rank: Rank, name: str, validation: Mapping[str, float]) -> None:
     record = {
         "step": rank.step,
         "metrics": {**rank.metrics, LEFT_OUT_STEPS: float(rank.num_left_out), **validation},
+        "stagnation": rank.stagnation._asdict(),
         "identity": dict(rank.job.identity),
         "settings": rank.job.settings.model_dump(mode="json"),
         "num_workers": rank.job.schedule.num_workers,
         "versions": installed_versions(),
     }
+    if rank.metrics_file is not None:
+        rank.metrics_file.store()
     rank.saver.save(name, record)

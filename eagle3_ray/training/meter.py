@@ -3,11 +3,14 @@
 import resource
 import time
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from eagle3_ray.metrics import TttSums
+from eagle3_ray.model.loss import SUM_NAMES
 
 
 class Meter:
@@ -52,6 +55,26 @@ class Meter:
             "data_wait_frac": wait_s / total_s,
             "peak_memory_bytes": float(peak_memory_bytes(self._device)),
         }
+
+
+class Spread:
+    """How a validation's sums vary from bin to bin, which is what its intervals are made of; one rank's bins."""
+
+    def __init__(self, num_ttt_steps: int, device: torch.device) -> None:
+        size = 2 * num_ttt_steps + 1
+        self._moments = torch.zeros(size, size, dtype=torch.float64, device=device)
+
+    def add(self, sums: Tensor) -> None:
+        """Add one bin, from its sums [6, P], without waiting for the device."""
+        right, reached = sums[SUM_NAMES.index("prefix_right")], sums[SUM_NAMES.index("prefix_count")]
+        row = torch.cat((right, reached, (reached[:1] > 0).double()))
+        self._moments += torch.outer(row, row)
+
+    def reduce(self) -> npt.NDArray[np.float64]:
+        """Return the `intervals.cross_moments` [2P+1, 2P+1] of all ranks' bins. collective. sync."""
+        if dist.is_initialized():
+            dist.all_reduce(self._moments)
+        return self._moments.cpu().numpy()
 
 
 def peak_memory_bytes(device: torch.device) -> int:

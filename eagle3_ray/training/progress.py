@@ -168,5 +168,6 @@ def describe_epoch(epoch: int, num_epochs: int, step: int, metrics: Mapping[str,
     if "val/loss" in metrics:
         parts.append(f"val loss {metrics['val/loss']:.3f}  acceptance {acceptance}")
     if "val/expected_tokens" in metrics:
-        parts.append(f"{metrics['val/expected_tokens']:.2f} tokens/verification")
+        spread = f" ±{metrics['val/expected_tokens_ci']:.2f}" if "val/expected_tokens_ci" in metrics else ""
+        parts.append(f"{metrics['val/expected_tokens']:.2f}{spread} tokens/verification")
     return "  ".join([*parts, f"saved {folder}"])

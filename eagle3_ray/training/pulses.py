@@ -9,8 +9,9 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-# Of the time without progress after which a rank is stuck: one not heard of for so long stands still.
-SILENT_FRAC = 0.5
+# Of the time without progress after which a rank is stuck: one not heard of for so long stands still, and once one is
+# stuck, one without progress for so long may be what it waits for. Where ranks are is heard now and then only.
+SUSPECT_FRAC = 0.5
 
 
 class Mark(NamedTuple):
@@ -78,16 +79,18 @@ class Pulses:
 
 
 def find_culprits(pulses: Mapping[int, Pulse], now_s: float, timeout_s: float) -> list[Stuck]:
-    """Return the ranks that the others wait for, of those that made no progress for `timeout_s` or longer."""
-    stuck = [
-        Stuck(rank, pulse.mark, now_s - pulse.since_s, now_s - pulse.heard_s > SILENT_FRAC * timeout_s)
+    """Return the ranks that the others wait for, once one has made no progress for `timeout_s` or longer."""
+    if all(now_s - pulse.since_s <= timeout_s for pulse in pulses.values()):
+        return []
+    suspects = [
+        Stuck(rank, pulse.mark, now_s - pulse.since_s, now_s - pulse.heard_s > SUSPECT_FRAC * timeout_s)
         for rank, pulse in sorted(pulses.items())
-        if now_s - pulse.since_s > timeout_s
+        if now_s - pulse.since_s > SUSPECT_FRAC * timeout_s
     ]
-    first = min((one.mark.place for one in stuck), default=(0, 0.0))
+    first = min(one.mark.place for one in suspects)
     kinds = (
-        [one for one in stuck if one.is_silent],
-        [one for one in stuck if one.mark.is_reading],
-        [one for one in stuck if one.mark.place == first],
+        [one for one in suspects if one.is_silent],
+        [one for one in suspects if one.mark.is_reading],
+        [one for one in suspects if one.mark.place == first],
     )
-    return next((kind for kind in kinds if kind), [])
+    return next(kind for kind in kinds if kind)

@@ -25,17 +25,21 @@ from eagle3_ray.metrics import LEFT_OUT_STEPS, TRAIN
 from eagle3_ray.model.draft import Eagle3Draft
 from eagle3_ray.model.initial import initial_weights
 from eagle3_ray.model.loss import TargetHead
+from eagle3_ray.model.pretrained import read_pretrained, take_over
 from eagle3_ray.model.verifier import VerifierInfo, VerifierTensors, load_verifier_tensors
 from eagle3_ray.storage import StoragePath, telling
 from eagle3_ray.training.checkpoint import restore_checkpoint
+from eagle3_ray.training.ema import Ema, build_ema
 from eagle3_ray.training.job import TrainJob
 from eagle3_ray.training.meter import Meter
-from eagle3_ray.training.optim import build_optimizer
+from eagle3_ray.training.metrics_file import MetricsFile
+from eagle3_ray.training.optim import build_draft_optimizer
 from eagle3_ray.training.preemption import PreemptionNotices
 from eagle3_ray.training.pulses import Mark
-from eagle3_ray.training.run_folder import STATE, check_same_run, latest_committed
+from eagle3_ray.training.run_folder import METRICS, STATE, CommittedCheckpoint, check_same_run, latest_committed
 from eagle3_ray.training.saver import Saver, as_ray_checkpoint
 from eagle3_ray.training.sharding import build_sharded_draft
+from eagle3_ray.training.stagnation import NOT_VALIDATED, Stagnation
 from eagle3_ray.training.startup import Laps
 from eagle3_ray.training.step import StepResult, StepSettings
 from eagle3_ray.training.telemetry import RayGauges, last_validation
@@ -59,6 +63,8 @@ class Rank:
     """One worker's state.
 
     Attributes:
+        metrics_file: On rank 0 alone; it is one of the loggers too.
+        ema: Of the weights; validated and served in their place.
         saver: Stores its checkpoints behind the training.
         step: Optimizer updates done, over all epochs and restarts.
         pending: The last update, until its outcome is learnt.
@@ -66,6 +72,7 @@ class Rank:
         num_left_out: Updates left out, over all restarts, because a gradient was NaN or Inf.
         num_left_out_in_a_row: Those since the last that was made.
         metrics: Of the last logged point.
+        stagnation: For how many epochs validation has not improved.
         owes_validation: The checkpoint it went on from was stored at the end of an epoch, without validation.
         is_listening: A step is made, and rank 0 listens for the driver's order to stop.
         stop_ordered: Set on rank 0 once the driver orders to stop.
@@ -80,11 +87,13 @@ class Rank:
     job: TrainJob
     draft: Eagle3Draft
     optimizer: torch.optim.Optimizer
+    ema: Ema | None
     target_head: TargetHead
     settings: StepSettings
     train_source: BinSource
     validation_source: BinSource | None
     meter: Meter
+    metrics_file: MetricsFile | None
     loggers: MultiLogger
     saver: Saver
     step: int
@@ -93,6 +102,7 @@ class Rank:
     num_left_out: int
     num_left_out_in_a_row: int
     metrics: dict[str, float]
+    stagnation: Stagnation
     owes_validation: bool
     is_listening: bool
     stop_ordered: threading.Event
@@ -122,17 +132,18 @@ def start_rank(job: TrainJob) -> Rank:
     torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
     compute_dtype = resolve_compute_dtype(settings.precision, device)
     tensors = load_verifier_tensors(job.verifier)
-    weights = initial_weights(job.draft_config, tensors, job.mapping.kept_ids, settings.seed) if number == 0 else None
-    draft = build_sharded_draft(job.draft_config, weights, device, compute_dtype)
-    optimizer = build_optimizer(draft.parameters(), settings.weight_decay)
     checkpoint = latest_committed(job.save_dir)
+    weights = begin_weights(job, tensors, is_new=checkpoint is None) if number == 0 else None
+    draft = build_sharded_draft(job.draft_config, weights, device, compute_dtype)
+    draft.recomputes_layers = settings.gradient_checkpointing
+    optimizer, ema = build_draft_optimizer(draft, settings), build_ema(draft, settings.ema_decay)
     if checkpoint is not None:
-        check_same_run(checkpoint, job.identity)
-        with contextlib.ExitStack() as copies:
-            with telling(checkpoint.path):
-                state_dir = copies.enter_context(share_state(checkpoint.path / STATE).as_directory())
-            restore_checkpoint(Path(state_dir), draft, optimizer)
+        restore(job, checkpoint, draft, optimizer, ema)
+    target_head = build_target_head(settings, job.verifier, job.mapping.kept_ids, tensors, device, compute_dtype)
+    if job.draft_config.freeze_lm_head:
+        share_head(draft, target_head)
     step = 0 if checkpoint is None else checkpoint.step
+    metrics_file = MetricsFile(job.save_dir / METRICS, step) if number == 0 else None
     train_source = ray.get(job.train_source)
     validation_source = None if job.validation_source is None else ray.get(job.validation_source)
 
@@ -147,19 +158,22 @@ def start_rank(job: TrainJob) -> Rank:
         job=job,
         draft=draft,
         optimizer=optimizer,
-        target_head=build_target_head(settings, job.verifier, job.mapping.kept_ids, tensors, device, compute_dtype),
+        ema=ema,
+        target_head=target_head,
         settings=build_step_settings(settings, device, compute_dtype),
         train_source=train_source,
         validation_source=validation_source,
         meter=Meter(settings.ttt_steps, device),
-        loggers=open_rank_loggers(job, number, step),
-        saver=Saver(job, draft, optimizer),
+        metrics_file=metrics_file,
+        loggers=open_rank_loggers(job, metrics_file, step),
+        saver=Saver(job, draft, optimizer, ema),
         step=step,
         pending=None,
         grad_norm=0.0,
         num_left_out=0 if checkpoint is None else int(checkpoint.metrics.get(LEFT_OUT_STEPS, 0)),
         num_left_out_in_a_row=0,
         metrics={} if checkpoint is None else train_metrics(checkpoint.metrics),
+        stagnation=NOT_VALIDATED if checkpoint is None else checkpoint.stagnation,
         owes_validation=checkpoint is not None and job.owes_validation(checkpoint),
         is_listening=False,
         stop_ordered=threading.Event(),
@@ -169,6 +183,34 @@ def start_rank(job: TrainJob) -> Rank:
         laps=laps,
         watch=Watch(job.channel, number, settings.hang_timeout_s, describe_bins),
     )
+
+
+def restore(
+    job: TrainJob,
+    checkpoint: CommittedCheckpoint,
+    draft: Eagle3Draft,
+    optimizer: torch.optim.Optimizer,
+    ema: Ema | None,
+) -> None:
+    """Fill in what a checkpoint of the same run holds. collective. Errors as in `start_rank`."""
+    check_same_run(checkpoint, job.identity)
+    with contextlib.ExitStack() as copies:
+        with telling(checkpoint.path):
+            state_dir = copies.enter_context(share_state(checkpoint.path / STATE).as_directory())
+        restore_checkpoint(Path(state_dir), draft, optimizer, ema)
+
+
+def begin_weights(job: TrainJob, tensors: VerifierTensors, *, is_new: bool) -> dict[str, Tensor]:
+    """Return every tensor of the draft before the first step, float32 on the CPU; a checkpoint overwrites them.
+
+    Raises:
+        PretrainedDraftError: The draft that a new run begins with cannot be read here.
+    """
+    weights = initial_weights(job.draft_config, tensors, job.mapping.kept_ids, job.settings.seed)
+    if is_new and job.settings.from_pretrained is not None:
+        pretrained = read_pretrained(job.settings.from_pretrained, job.draft_config, job.verifier)
+        take_over(weights, pretrained, job.mapping.kept_ids, with_head=not job.settings.freeze_lm_head)
+    return weights
 
 
 def describe_files(source: BinSource, schedule: BinSchedule, step: int, rank: int | None = None) -> str:
@@ -224,18 +266,33 @@ def build_target_head(
     device: torch.device,
     compute_dtype: torch.dtype,
 ) -> TargetHead:
-    """Copy the kept rows of the verifier's head, and its final norm unless the samples are normed already (v0)."""
+    """Copy the kept rows of the verifier's head, the others if they are asked for, and its final norm but for v0.
+
+    The samples of that format are normed already.
+    """
     is_normed = settings.data_format_version == 0
+    unsayable_weight = None
+    if settings.mask_out_of_vocab_targets and len(kept_ids) < verifier.vocab_size:
+        is_unsayable = torch.ones(verifier.vocab_size, dtype=torch.bool).index_fill_(0, kept_ids, 0)
+        unsayable_weight = tensors.lm_head[is_unsayable].to(device, compute_dtype)
     return TargetHead(
         weight=tensors.lm_head[kept_ids].to(device, compute_dtype),
         norm_weight=None if is_normed else tensors.final_norm.to(device, compute_dtype),
         eps=verifier.rms_norm_eps,
+        losses=settings.losses,
+        logit_cap=verifier.logit_cap,
+        unsayable_weight=unsayable_weight,
     )
 
 
-def open_rank_loggers(job: TrainJob, number: int, step: int) -> MultiLogger:
-    """Open Ray's gauges and the loggers asked for on rank 0, and none elsewhere."""
-    if number != 0:
+def share_head(draft: Eagle3Draft, target_head: TargetHead) -> None:
+    """Hold a frozen head once: it is made of the very rows that the targets come from."""
+    draft.lm_head.weight.data = target_head.weight
+
+
+def open_rank_loggers(job: TrainJob, metrics_file: MetricsFile | None, step: int) -> MultiLogger:
+    """Open Ray's gauges and the loggers asked for on rank 0, beside its file, and none elsewhere."""
+    if metrics_file is None:
         return MultiLogger(())
     settings = job.settings
     run_name = settings.run_name or settings.save_path.name
@@ -250,4 +307,4 @@ def open_rank_loggers(job: TrainJob, number: int, step: int) -> MultiLogger:
     )
     gauges = RayGauges(run_name, str(settings.save_path))
     gauges.log(last_validation(settings.save_path), step)
-    return MultiLogger((gauges, chosen))
+    return MultiLogger((metrics_file, gauges, chosen))

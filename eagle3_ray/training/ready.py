@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from eagle3_ray.data.batch import PackedBin
-from eagle3_ray.model.attention import Move, build_document_attention
+from eagle3_ray.model.attention import DocumentAttention, Move, build_document_attention
 from eagle3_ray.model.draft import DraftInputs
 from eagle3_ray.model.layout import build_layout
 
@@ -33,7 +33,9 @@ class ReadyBin:
     inputs: DraftInputs
 
 
-def make_ready(packed: PackedBin, num_ttt_steps: int, num_layers: int, device: torch.device) -> ReadyBin:
+def make_ready(
+    packed: PackedBin, num_ttt_steps: int, num_layers: int, device: torch.device, sliding_window: int | None = None
+) -> ReadyBin:
     """Lay a bin out and move it to the device. When it returns, a GPU has its copy and the bin may be written again.
 
     Args:
@@ -41,14 +43,23 @@ def make_ready(packed: PackedBin, num_ttt_steps: int, num_layers: int, device: t
         num_ttt_steps: P.
         num_layers: Decoder layers of the draft; all but the last attend from every index.
         device: Where to compute.
+        sliding_window: Positions that a query sees, its own included; at least P. None: all before it.
     """
     layout = build_layout(packed.document_ids, packed.loss_mask, packed.num_tokens, num_ttt_steps)
     documents, num_tokens = layout.documents, layout.num_tokens
     with beside_compute(device) as move:
-        attend_rows = build_document_attention(documents, layout.rows, num_tokens, device, move)
-        attend_all = attend_rows
-        if num_layers > 1:
-            attend_all = build_document_attention(documents, torch.arange(num_tokens), num_tokens, device, move)
+
+        def attend(rows: Tensor, step: int) -> DocumentAttention:
+            # In step k a row stands k positions further on, and its window has moved as far, as it has for a server
+            # (in speculators 0.9.0 it has not).
+            reach = None if sliding_window is None else sliding_window - step
+            return build_document_attention(documents, rows, num_tokens, device, move, reach)
+
+        if sliding_window is None:
+            attend_rows = (attend(layout.rows, 0),) * num_ttt_steps
+        else:
+            attend_rows = tuple(attend(layout.rows, step) for step in range(num_ttt_steps))
+        attend_all = attend(torch.arange(num_tokens), 0) if num_layers > 1 else attend_rows[0]
         inputs = DraftInputs(
             input_ids=move(packed.input_ids[:num_tokens]),
             aux_states=move(packed.aux_states[:num_tokens]),

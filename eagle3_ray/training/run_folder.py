@@ -6,6 +6,8 @@
                                store, which has no links, an object that holds the name "1"
       run.yaml                 the resolved settings
       initial_metrics.json     validation of the untrained draft
+      metrics.jsonl            every logged point (`metrics_file.py`)
+      plan.json                what the run is planned with, in numbers, and on which machines
       samples.parquet          what the plan was made of
       quarantine.jsonl         files that are left out
       run.lock                 locked by the driver while it lives (`run_lock.py`)
@@ -26,17 +28,19 @@ from typing import Any
 
 from eagle3_ray.errors import CheckpointError
 from eagle3_ray.storage import ObjectPath, StoragePath, list_objects, remove_tree, write_atomically
+from eagle3_ray.training.stagnation import BEST_METRIC, NOT_VALIDATED, Stagnation
 
 COMMITTED, RECORD, STATE, BEST, RUN_YAML = "COMMITTED", "run.json", "state", "best", "run.yaml"
 INITIAL_METRICS, SAMPLES, QUARANTINE = "initial_metrics.json", "samples.parquet", "quarantine.jsonl"
+METRICS, PLAN = "metrics.jsonl", "plan.json"
 LOCK = "run.lock"
-BEST_METRIC = "val/expected_tokens"
 RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
 LOGGER_RUN_ID = "logger_run_id.txt"
 BROKEN_SNAPSHOT = f"{RAY_SNAPSHOT}.broken"
 # Ray Train's own files in its run folder.
 RAY_FILES = (RAY_SNAPSHOT, BROKEN_SNAPSHOT, ".validate_storage_marker")
 PARTS = {"config.json", "model.safetensors", STATE, RECORD, COMMITTED}
+EVALUATION = "evaluation.json"  # what `evaluate` leaves in a checkpoint
 _NAME = re.compile(r"\d+|step-\d+")
 # What the record, the marker and (by the library) the tensors are called until they are whole.
 _UNFINISHED = re.compile(rf"\.({COMMITTED}|{RECORD})\..*|\.tmp\w+")
@@ -48,15 +52,17 @@ class CommittedCheckpoint:
 
     Attributes:
         path: Its folder.
-        step: Optimizer updates done when it was saved.
+        step: Optimizer updates done when it was saved; 0 of a dry run.
         metrics: Last logged and validated, by name.
         identity: What a run must share to go on from it.
+        stagnation: For how long validation has not improved.
     """
 
     path: StoragePath
     step: int
     metrics: Mapping[str, float]
     identity: Mapping[str, Any]
+    stagnation: Stagnation = NOT_VALIDATED
 
 
 def epoch_folder(epoch: int) -> str:
@@ -88,9 +94,19 @@ def find_committed(save_dir: StoragePath) -> list[CommittedCheckpoint]:
 
 
 def latest_committed(save_dir: StoragePath) -> CommittedCheckpoint | None:
-    """Return the whole checkpoint with the most updates, or None."""
+    """Return the whole checkpoint with the most updates, or None; what a dry run left has none to go on from."""
+    return latest_trained(find_committed(save_dir))
+
+
+def latest_trained(committed: Sequence[CommittedCheckpoint]) -> CommittedCheckpoint | None:
+    """Return the newest of these checkpoints, given oldest first, if any update was made until then."""
+    return committed[-1] if committed and committed[-1].step > 0 else None
+
+
+def holds_dry_run(save_dir: StoragePath) -> bool:
+    """Tell whether all there is of a run is what a dry one left, which binds nobody to its settings."""
     committed = find_committed(save_dir)
-    return committed[-1] if committed else None
+    return len(committed) > 0 and latest_trained(committed) is None
 
 
 def find_uncommitted(save_dir: StoragePath) -> list[StoragePath]:
@@ -217,7 +233,7 @@ def remove_run(save_dir: StoragePath) -> list[StoragePath]:
     best = save_dir / BEST
     if isinstance(best, ObjectPath) or best.is_symlink():
         best.unlink(missing_ok=True)
-    for name in (RUN_YAML, INITIAL_METRICS, SAMPLES, QUARANTINE, LOGGER_RUN_ID, *RAY_FILES):
+    for name in (RUN_YAML, INITIAL_METRICS, METRICS, PLAN, SAMPLES, QUARANTINE, LOGGER_RUN_ID, *RAY_FILES):
         (save_dir / name).unlink(missing_ok=True)
     for folder in find_own_folders(save_dir):
         remove_checkpoint(folder)
@@ -284,7 +300,10 @@ def _open(path: StoragePath, parts: set[str]) -> CommittedCheckpoint:
     try:
         step = int(json.loads((path / COMMITTED).read_text(encoding="utf-8"))["step"])
         record = json.loads((path / RECORD).read_text(encoding="utf-8"))
-        return CommittedCheckpoint(path, step, metrics=record["metrics"], identity=record["identity"])
+        metrics, told = record["metrics"], record.get("stagnation")
+        # One from before this was counted begins the count.
+        stagnation = NOT_VALIDATED.after(metrics) if told is None else Stagnation(**told)
+        return CommittedCheckpoint(path, step, metrics, record["identity"], stagnation)
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path}: {COMMITTED} or {RECORD} cannot be read ({error!r}). Move the folder away."
@@ -293,4 +312,4 @@ def _open(path: StoragePath, parts: set[str]) -> CommittedCheckpoint:
 
 def _are_ours(parts: set[str]) -> bool:
     """Tell whether a folder holds parts of a checkpoint and nothing else, or nothing at all."""
-    return all(part in PARTS or _UNFINISHED.fullmatch(part) for part in parts)
+    return all(part in PARTS or part == EVALUATION or _UNFINISHED.fullmatch(part) for part in parts)

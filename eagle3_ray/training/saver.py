@@ -24,6 +24,7 @@ from eagle3_ray.model.draft import Eagle3Draft
 from eagle3_ray.storage import ObjectPath, StoragePath, telling
 from eagle3_ray.training.checkpoint import HostState, told_as_not_saved, write_checkpoint
 from eagle3_ray.training.disk_space import checkpoint_bytes, make_room
+from eagle3_ray.training.ema import Ema
 from eagle3_ray.training.job import TrainJob
 from eagle3_ray.training.progress import Note, describe_epoch
 from eagle3_ray.training.retention import keep_newest
@@ -56,13 +57,13 @@ class Background:
 class Saver:
     """Stores the checkpoints of a run, one after the other: a context manager that waits for the last when left."""
 
-    def __init__(self, job: TrainJob, draft: Eagle3Draft, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, job: TrainJob, draft: Eagle3Draft, optimizer: torch.optim.Optimizer, ema: Ema | None) -> None:
         """collective: every rank calls it."""
         self._job = job
-        self._host = HostState(draft, optimizer)
+        self._host = HostState(draft, optimizer, ema)
         self._background = Background()
         self._last_save_s = time.monotonic()
-        self._needed_bytes = checkpoint_bytes(draft.config, dist.get_world_size())
+        self._needed_bytes = checkpoint_bytes(draft.config, dist.get_world_size(), job.settings)
 
     def __enter__(self) -> "Saver":
         return self

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from eagle3_ray.model.draft import DraftInputs, Eagle3Draft
-from eagle3_ray.model.loss import TargetHead
+from eagle3_ray.model.loss import TargetHead, leave_out_unsayable
+from eagle3_ray.training.ema import Ema
 from eagle3_ray.training.ready import ReadyBin
 from eagle3_ray.training.sharding import clip_grad_norm, run_draft
 
@@ -101,6 +102,7 @@ def train_step(
     epoch: int,
     settings: StepSettings,
     wishes: Wishes = NO_WISHES,
+    ema: Ema | None = None,
 ) -> StepResult:
     """Update the draft once from this rank's bins of one step. collective: every rank calls it.
 
@@ -115,7 +117,9 @@ def train_step(
         epoch: Seeds the noise.
         settings: The same on all ranks.
         wishes: This rank's; the update is made all the same, and all ranks learn of them.
+        ema: Moves with the weights.
     """
+    bins = [count_sayable(ready, target_head) for ready in bins]
     weights, num_wishing = agree_on_step(bins, settings, wishes)
     sums = torch.zeros(6, settings.num_ttt_steps, dtype=torch.float64, device=settings.device)
     for ready in bins:
@@ -126,6 +130,8 @@ def train_step(
     trained = [p for p in draft.parameters() if p.requires_grad]
     grad_norm = clip_grad_norm(trained, settings.max_grad_norm)
     update_if_finite(optimizer, grad_norm)
+    if ema is not None:
+        ema.update(torch.isfinite(grad_norm))
     optimizer.zero_grad()
     return StepResult(sums, grad_norm, num_wishing)
 
@@ -133,8 +139,8 @@ def train_step(
 def update_if_finite(optimizer: torch.optim.Optimizer, grad_norm: Tensor) -> None:
     """Make the optimizer's update unless the norm is NaN or Inf, which the device decides by itself.
 
-    As `torch.amp.GradScaler` does with a fused optimizer: where `found_inf` is not 0, it changes neither weights nor
-    moments nor its count of steps.
+    As `torch.amp.GradScaler` does with a fused optimizer, which both of ours are: where `found_inf` is not 0, it
+    changes neither weights nor moments nor its count of steps.
     """
     optimizer.found_inf = (~torch.isfinite(grad_norm)).float()  # type: ignore[attr-defined]
     optimizer.step()
@@ -161,6 +167,12 @@ def agree_on_step(bins: Sequence[ReadyBin], settings: StepSettings, wishes: Wish
     decay = settings.loss_decay ** torch.arange(settings.num_ttt_steps, device=settings.device)
     targets, num_wishing = totals[: -len(wishes)], totals[-len(wishes) :]
     return (decay / targets.clamp(min=1)).float(), num_wishing
+
+
+def count_sayable(ready: ReadyBin, target_head: TargetHead) -> ReadyBin:
+    """Return the bin without the targets that training leaves out."""
+    layout = leave_out_unsayable(ready.inputs.layout, ready.inputs.last_state, target_head)
+    return replace(ready, inputs=replace(ready.inputs, layout=layout))
 
 
 def cast_states(inputs: DraftInputs, dtype: torch.dtype) -> DraftInputs:

@@ -15,7 +15,8 @@ from eagle3_ray.data.batch import PackedBin
 from eagle3_ray.model.config import DraftConfig
 from eagle3_ray.model.initial import initial_weights
 from eagle3_ray.model.verifier import VerifierInfo, load_verifier_tensors
-from eagle3_ray.training.optim import build_optimizer, set_learning_rate
+from eagle3_ray.training.ema import build_ema
+from eagle3_ray.training.optim import build_draft_optimizer, set_learning_rate
 from eagle3_ray.training.rank import build_step_settings, build_target_head, resolve_compute_dtype
 from eagle3_ray.training.ready import make_ready
 from eagle3_ray.training.sharding import build_sharded_draft
@@ -71,13 +72,16 @@ def time_steps(
     with _lone_rank(device):
         weights = initial_weights(config, tensors, kept_ids, settings.seed)
         draft = build_sharded_draft(config, weights, device, compute_dtype)
+        draft.recomputes_layers = settings.gradient_checkpointing
         target_head = build_target_head(settings, verifier, kept_ids, tensors, device, compute_dtype)
-        optimizer = build_optimizer(draft.parameters(), settings.weight_decay)
+        optimizer, ema = build_draft_optimizer(draft, settings), build_ema(draft, settings.ema_decay)
         set_learning_rate(optimizer, settings.lr)
         for _ in range(num_steps + 1):
             start = time.perf_counter()
-            ready = make_ready(packed, settings.ttt_steps, len(draft.layers), device)
-            train_step(draft, optimizer, target_head, [ready], 0, step_settings).wait()  # sync: the step is timed
+            ready = make_ready(packed, settings.ttt_steps, len(draft.layers), device, settings.sliding_window)
+            train_step(
+                draft, optimizer, target_head, [ready], 0, step_settings, ema=ema
+            ).wait()  # sync: the step is timed
             seconds.append(time.perf_counter() - start)
     return Trial(packed.num_tokens, statistics.median(seconds[1:]))
 

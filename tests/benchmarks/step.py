@@ -70,6 +70,8 @@ def make_config(arguments: argparse.Namespace) -> DraftConfig:
         initializer_range=0.02,
         rope_frequencies=tuple(rope_theta ** (-i / head_dim) for i in range(0, head_dim, 2)),
         rope_scale=1.0,
+        has_qk_norms=False,
+        sliding_window=None,
         written={
             "model_type": "llama",
             "hidden_act": "silu",

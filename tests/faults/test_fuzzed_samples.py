@@ -423,3 +423,14 @@ def test_a_small_entry_that_unpacks_to_a_large_one_is_not_unpacked(reader: Reade
 def test_a_sample_that_was_zipped_again_is_not_taken_for_values(reader: Reader) -> None:
     assert reader.read(zip_entries(ENTRIES[1], zipfile.ZIP_STORED), 1) == "good"
     assert reader.read(zip_entries(ENTRIES[1], zipfile.ZIP_DEFLATED), 1) == "compressed"
+
+
+@pytest.mark.parametrize("entry", [PICKLE, "archive/data/0", "archive/.data/serialization_id"])
+def test_an_entry_that_calls_itself_a_folder_is_never_read_as_whatever_the_memory_holds(
+    reader: Reader, entry: str
+) -> None:
+    content = bytearray(WHOLE[1])
+    header = content.rfind(b"PK\x01\x02", 0, content.rfind(entry.encode()))
+    attributes = int.from_bytes(content[header + 38 : header + 42], "little")
+    content[header + 38 : header + 42] = (attributes | 0x10).to_bytes(4, "little")
+    assert [reader.read(bytes(content), 1) for _ in range(20)] == ["cut short or damaged"] * 20

@@ -8,10 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from eagle3_ray.config import OptimizerSettings
 from eagle3_ray.model.attention import build_document_attention
 from eagle3_ray.model.draft import Eagle3Draft
 from eagle3_ray.model.loss import TargetHead
-from eagle3_ray.training.optim import build_optimizer, set_learning_rate
+from eagle3_ray.training.ema import build_ema
+from eagle3_ray.training.optim import build_draft_optimizer, build_optimizer, set_learning_rate
 from eagle3_ray.training.ready import make_ready
 from eagle3_ray.training.sharding import build_sharded_draft, gather_weights
 from eagle3_ray.training.step import StepSettings, add_noise, cast_states, train_step
@@ -22,7 +24,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 EXPECTED = json.loads((PARITY / "expected.json").read_text())["cases"]
 
 
-def attend(device: str, dtype: torch.dtype) -> list[Tensor]:
+def attend(device: str, dtype: torch.dtype, reach: int | None) -> list[Tensor]:
     """Output and gradients of two later steps over documents that fit no attention block."""
     documents, num_tokens = ((0, 300), (300, 301), (301, 777)), 777
     rows = torch.arange(num_tokens)[torch.rand(num_tokens, generator=torch.Generator().manual_seed(0)) < 0.6]
@@ -30,7 +32,8 @@ def attend(device: str, dtype: torch.dtype) -> list[Tensor]:
     shapes = [(len(rows), 8, 64), *[(num_tokens, 2, 64)] * 2, *[(len(rows), 2, 64)] * 4]
     inputs = [torch.randn(shape, generator=generator).to(dtype).to(device).requires_grad_() for shape in shapes]
     queries, keys, values, k1, v1, k2, v2 = inputs
-    attend_rows = build_document_attention(documents, rows, num_tokens, torch.device(device), lambda x: x.to(device))
+    place = torch.device(device)
+    attend_rows = build_document_attention(documents, rows, num_tokens, place, lambda x: x.to(place), reach)
     merged = attend_rows(queries, keys, values, [(k1, v1), (k2, v2)])
     weight = torch.randn(merged.shape, generator=generator).to(dtype).to(device)
     grads = torch.autograd.grad((merged * weight).sum(), inputs)
@@ -38,8 +41,11 @@ def attend(device: str, dtype: torch.dtype) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-3), (torch.bfloat16, 3e-2)])  # TF32; bf16
-def test_flex_attention_and_its_gradients_equal_the_cpu_implementation(dtype: torch.dtype, tolerance: float) -> None:
-    for found, expected in zip(attend("cuda", dtype), attend("cpu", dtype), strict=True):
+@pytest.mark.parametrize("reach", [None, 200])
+def test_flex_attention_and_its_gradients_equal_the_cpu_implementation(
+    reach: int | None, dtype: torch.dtype, tolerance: float
+) -> None:
+    for found, expected in zip(attend("cuda", dtype, reach), attend("cpu", dtype, reach), strict=True):
         assert (found - expected).norm() <= tolerance * expected.norm()
 
 
@@ -96,19 +102,25 @@ def test_noise_on_cuda_is_a_function_of_seed_epoch_and_bin(process_group: None) 
     assert not torch.equal(add_noise(clean, 1, 4, settings).aux_states, add_noise(clean, 1, 5, settings).aux_states)
 
 
-def test_a_step_waits_for_nothing_on_the_device(process_group: None) -> None:
+@pytest.mark.parametrize(
+    "chosen",
+    [OptimizerSettings(), OptimizerSettings(optimizer="muon", ema_decay=0.9, gradient_checkpointing=True)],
+    ids=["default", "muon, averaged, recomputed"],
+)
+def test_a_step_waits_for_nothing_on_the_device(chosen: OptimizerSettings, process_group: None) -> None:
     device = torch.device("cuda")
     draft = build_sharded_draft(load_config("one_layer"), load_weights("one_layer"), device, torch.float32)
-    optimizer = build_optimizer(draft.parameters(), 0.0)
+    draft.recomputes_layers = chosen.gradient_checkpointing
+    optimizer, ema = build_draft_optimizer(draft, chosen), build_ema(draft, chosen.ema_decay)
     on_cpu = load_target_head()
     assert on_cpu.norm_weight is not None
     head = TargetHead(on_cpu.weight.to(device), on_cpu.norm_weight.to(device), on_cpu.eps)
     settings = StepSettings(3, 1.0, 0.05, 0, 1.0, device, torch.float32)
     bins = [make_ready(packed, 3, 1, device) for packed in load_bins()]
-    train_step(draft, optimizer, head, bins, 0, settings).wait()  # compiles
+    train_step(draft, optimizer, head, bins, 0, settings, ema=ema).wait()  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        result = train_step(draft, optimizer, head, bins, 1, settings)
+        result = train_step(draft, optimizer, head, bins, 1, settings, ema=ema)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     result.wait()

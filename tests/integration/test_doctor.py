@@ -259,6 +259,20 @@ def test_a_vocabulary_that_is_not_there_yet_is_not_made(folder: Path, capsys: py
     assert exit_code == 3 and "a draft vocabulary of 321 ids was asked for" in checks["vocabulary"]["message"]
 
 
+def test_a_full_vocabulary_needs_no_files_and_bytes_for_none(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    of_part = examine(folder, capsys)[1]
+    exit_code, checks = examine(folder, capsys, "--draft-vocab-size", "full")
+    assert exit_code == 3 and "keep 96 of the verifier's 320 ids" in checks["vocabulary"]["message"]
+    for name in ("d2t.npy", "t2d.npy"):
+        (folder / name).unlink()
+    before = everything_in(folder)
+    exit_code, checks = examine(folder, capsys, "--draft-vocab-size", "full", "--time-steps", "1")
+    assert exit_code == 0 and checks["vocabulary"]["found"] == "all 320 ids of the verifier, without mapping files"
+    added_bytes = (12 + 2) * 64 * (320 - 96) - (8 * 96 + 320)  # rows of the head, in state and draft, and no mapping
+    assert checks["disk"]["checkpoint_bytes"] - of_part["disk"]["checkpoint_bytes"] == added_bytes
+    assert everything_in(folder) == before
+
+
 def test_counts_beside_the_samples_tell_what_the_draft_can_say(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,11 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from eagle3_ray.config import ExportSettings, TrainSettings, VocabMappingSettings
+from eagle3_ray.config import TrainSettings
 from eagle3_ray.data.index_cache import CACHE_DIR
 from eagle3_ray.errors import CheckpointError, StorageError
-from eagle3_ray.jobs import export, train, vocab_mapping
+from eagle3_ray.jobs import export, report, train, vocab_mapping
 from eagle3_ray.storage import ObjectPath, list_objects
+from eagle3_ray.training.metrics_file import read_points
+from eagle3_ray.training.run_folder import METRICS
+from eagle3_ray.verbs import ExportSettings, ReportSettings, VocabMappingSettings
 from tests.makers import write_samples
 from tests.runs import LENGTHS, PARITY, SHAPE, make_settings, read_metrics
 from tests.unit.generation.world import World, trainable
@@ -72,11 +75,18 @@ def store_settings(store: ObjectPath, tmp_path: Path, run: str, **changes: objec
     return make_settings(tmp_path, **(fields | changes))
 
 
+def logged_steps(run: ObjectPath) -> list[int]:
+    points, is_cut = read_points(run / METRICS)
+    assert not is_cut
+    return [point.step for point in points]
+
+
 def test_a_paused_and_resumed_run_ends_as_one_on_disk(
     local: Path, store: ObjectPath, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train.run(store_settings(store, tmp_path, "run", max_steps=4, logger="tensorboard"))
     assert (store / "run" / "step-000004" / "COMMITTED").is_file()
+    assert logged_steps(store / "run") == [0, 1, 2, 3, 3, 4, 4]
     train.run(store_settings(store, tmp_path, "run", logger="tensorboard"))
     output = capsys.readouterr().out
     assert f"going on from {store}/run/step-000004 (step 4 of 6)" in output
@@ -86,6 +96,9 @@ def test_a_paused_and_resumed_run_ends_as_one_on_disk(
     best = (store / "run" / "best").read_text(encoding="utf-8")
     assert best == (local / "run" / "best").resolve().name
     assert f"best draft {store}/run/best -> {best}" in output
+    assert logged_steps(store / "run") == [0, 1, 2, 3, 3, 4, 4, 5, 6, 6]
+    report.run(ReportSettings(run_paths=(store / "run",), output_path=tmp_path / "report.html"))
+    assert "<h1>Training of run</h1>" in (tmp_path / "report.html").read_text()
     logged = list((tmp_path / "logs" / "tensorboard").glob("run-*/events.*"))
     assert len({path.parent for path in logged}) == 1, "a resumed run keeps its id"
 

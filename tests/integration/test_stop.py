@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from eagle3_ray.config import GenerateSettings, TrainSettings
+from eagle3_ray.config import TrainSettings
 from eagle3_ray.jobs.train import run
+from eagle3_ray.verbs import GenerateSettings
 from tests.makers import write_samples
 from tests.runs import SHAPE, Command, assert_same_run, make_settings, read_metrics
 from tests.unit.generation.world import MAX_SEQ_LEN, World

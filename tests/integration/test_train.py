@@ -127,6 +127,20 @@ def test_a_run_resumed_on_two_workers_keeps_its_trajectory(
         assert found[name] == pytest.approx(expected[name], rel=1e-3), name
 
 
+def test_the_loss_asked_for_is_the_one_trained_on_and_goes_on_after_a_pause(
+    straight: Path, folder: Path, tmp_path: Path
+) -> None:
+    whole = tmp_path / "whole"
+    shutil.copytree(folder, whole)
+    asked = {"loss": '{"ce": 0.5, "nla": 0.5}', "epochs": 1}
+    run(make_settings(folder, **asked, max_steps=1))
+    run(make_settings(folder, **asked))
+    run(make_settings(whole, **asked))
+    assert_same_run(folder, whole, tmp_path, name="0")
+    # Cross-entropy of a draft that knows nothing is log V; its divergence from a flat verifier is far less.
+    assert read_metrics(folder / "run" / "0")["val/loss_0"] > 2 * read_metrics(straight / "run" / "0")["val/loss_0"]
+
+
 def test_a_killed_worker_is_restarted_from_the_last_checkpoint(straight: Path, folder: Path, tmp_path: Path) -> None:
     """Here bins are packed in tasks, in the uninterrupted run by the worker: that must make no difference either."""
     training = ThreadedRun(make_settings(folder, max_failures=1, checkpoint_every_steps=1, pack_in="task"))

@@ -11,10 +11,11 @@ import pytest
 import ray
 import torch
 
-from eagle3_ray.config import TrainSettings, VocabMappingSettings
+from eagle3_ray.config import TrainSettings
 from eagle3_ray.errors import DataError, UsageError, VocabMappingError
 from eagle3_ray.jobs.cluster import ray_session
 from eagle3_ray.jobs.vocab_mapping import resolve_mapping, run
+from eagle3_ray.verbs import VocabMappingSettings
 from tests.makers import write_bad_file, write_samples
 
 torch.set_num_threads(1)
@@ -47,6 +48,30 @@ def _assert_recorded(output_path: Path, parity: Path) -> None:
 
 
 # --------------------------------------------------- without Ray; these run before the module's Ray starts
+
+
+def test_a_full_vocabulary_needs_neither_counts_nor_files(tmp_path: Path) -> None:
+    mapping = resolve_mapping(_train_settings(tmp_path, draft_vocab_size="full"), 320)
+    assert mapping.kept_ids.tolist() == list(range(320)) and mapping.in_draft_vocab.all()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mapping_files_beside_a_full_vocabulary_must_keep_every_id(tmp_path: Path, parity: Path) -> None:
+    settings = _train_settings(tmp_path, draft_vocab_size="full")
+    for name in ("d2t.npy", "t2d.npy"):
+        shutil.copy(parity / name, tmp_path)
+    with pytest.raises(VocabMappingError) as caught:
+        resolve_mapping(settings, 320)
+    assert str(caught.value) == (
+        f"{tmp_path}/d2t.npy and {tmp_path}/t2d.npy keep 96 of the verifier's 320 ids, --draft-vocab-size full asks "
+        "for all. Move the files away, name others with --d2t-path and --t2d-path, or leave --draft-vocab-size out."
+    )
+    np.save(tmp_path / "d2t.npy", np.zeros(320, dtype=np.int64))
+    np.save(tmp_path / "t2d.npy", np.ones(320, dtype=np.bool_))
+    assert resolve_mapping(settings, 320).kept_ids.tolist() == list(range(320))
+    (tmp_path / "t2d.npy").unlink()
+    with pytest.raises(VocabMappingError, match=r"t2d\.npy: no such file"):
+        resolve_mapping(settings, 320)
 
 
 def test_frequency_file_gives_the_recorded_mapping_without_a_ray(

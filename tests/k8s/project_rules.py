@@ -13,10 +13,10 @@ from typing import Any
 
 from eagle3_ray import __version__
 from eagle3_ray.cli import read_settings
-from eagle3_ray.config import VERBS
 from eagle3_ray.errors import UsageError
 from eagle3_ray.jobs.cluster import CPUS_FOR_TASKS
 from eagle3_ray.schema import Settings
+from eagle3_ray.verbs import VERBS
 from tests.k8s.manifests import REPOSITORY, Manifest, of_kind, pod_groups, read_quantity
 
 # Made by whoever runs the jobs, as k8s/README.md says; never in a rendered overlay.

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from eagle3_ray import __version__
 from eagle3_ray.cli import PROBLEMS, main, read_flags, read_settings
-from eagle3_ray.config import VERBS, ExportSettings, TrainSettings, VocabMappingSettings
+from eagle3_ray.config import TrainSettings
 from eagle3_ray.errors import (
     CheckpointError,
     ClusterError,
@@ -27,6 +27,7 @@ from eagle3_ray.errors import (
 from eagle3_ray.flags import flags_of
 from eagle3_ray.schema import Settings
 from eagle3_ray.settings_file import write_run_yaml
+from eagle3_ray.verbs import VERBS, ExportSettings, VocabMappingSettings
 
 ROOT = Path(__file__).parents[2]
 VERIFIER = ["--verifier-name-or-path", "verifier"]
@@ -137,6 +138,35 @@ def test_every_kind_of_flag_is_read() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("flags", "before_fc", "fc_norm", "output"),
+    [
+        ([], False, False, False),
+        (["--preset", "none"], False, False, False),
+        (["--preset", "eagle3"], False, False, False),
+        (["--preset", "eagle3", "--norm-output"], False, False, True),
+        (["--preset", "eagle3.1"], True, False, True),
+        (["--preset", "eagle3.1", "--fc-norm"], False, True, True),
+        (["--preset", "eagle3.1", "--no-fc-norm", "--no-norm-output"], True, False, False),
+        (["--preset", "eagle3.1", "--no-norm-before-fc"], False, False, True),
+    ],
+)
+def test_a_preset_names_a_shape_and_single_flags_win(
+    flags: list[str], before_fc: bool, fc_norm: bool, output: bool, tmp_path: Path
+) -> None:
+    settings = read_train(*VERIFIER, *flags)
+    assert (settings.norm_before_fc, settings.fc_norm, settings.norm_output) == (before_fc, fc_norm, output)
+    write_run_yaml(settings, tmp_path / "run.yaml")
+    assert read_train("--config", str(tmp_path / "run.yaml")) == settings
+
+
+def test_a_preset_as_a_flag_wins_over_the_shape_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("norm_before_fc: false\nfc_norm: false\nnorm_output: false\nepochs: 3\n")
+    settings = read_train(*VERIFIER, "--config", str(tmp_path / "run.yaml"), "--preset", "eagle3.1")
+    assert (settings.norm_before_fc, settings.fc_norm, settings.norm_output) == (True, False, True)
+    assert settings.epochs == 3
+
+
 @pytest.mark.parametrize(("flags", "expected"), [([], None), (["--use-gpu"], True), (["--no-use-gpu"], False)])
 def test_a_switch_may_be_left_to_the_cluster(flags: list[str], expected: bool | None) -> None:
     assert read_train(*VERIFIER, *flags).use_gpu is expected
@@ -195,6 +225,11 @@ def test_all_mistakes_are_told_at_once_in_the_order_of_help() -> None:
             "--logger mlflow: no logger is called mlflow; choose from tensorboard, wandb, trackio",
         ),
         (["--run-name", ""], "--run-name '': must not be empty"),
+        (["--preset", "eagle4"], "--preset eagle4: must be 'eagle3' or 'eagle3.1'"),
+        (
+            ["--preset", "eagle3.1", "--norm-before-fc", "--fc-norm"],
+            "--norm-before-fc and --fc-norm exclude each other: choose one",
+        ),
         (["--norm-before-fc", "--fc-norm"], "--norm-before-fc and --fc-norm exclude each other: choose one"),
     ],
 )
@@ -275,7 +310,9 @@ MINIMAL = {
     "vocab-mapping": ["--target-vocab-size", "64000", "--data-path", "./data"],
     "train": [*VERIFIER, "--epochs", "3", "--lr", "3e-5", "--aux-layer-ids", "1", "2", "3", "--max-steps", "9"],
     "doctor": [*VERIFIER, "--time-steps", "3", "--num-workers", "2"],
+    "evaluate": ["--draft-path", "checkpoints/best", "--data-path", "./data", "--num-prompts", "9", "--no-use-gpu"],
     "export": ["--checkpoint-path", "checkpoints/0", "--output-path", "/served", "--format", "sglang"],
+    "report": ["checkpoints", "s3://bucket/run", "--output-path", "/shown/page.html"],
     "demo": ["--short", "--seed", "4"],
 }
 

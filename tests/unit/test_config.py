@@ -1,6 +1,7 @@
 """The schema: defaults a run can count on, what each field refuses, and the way through YAML and back."""
 
 import pickle
+from datetime import date
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
@@ -11,19 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from eagle3_ray.config import (
-    VERBS,
-    DemoSettings,
-    ExportSettings,
-    GenerateSettings,
-    ModelSettings,
-    TrainSettings,
-    VocabMappingSettings,
-)
+from eagle3_ray.config import ModelSettings, TrainSettings
 from eagle3_ray.errors import UsageError
 from eagle3_ray.schema import Settings, alternatives_of
 from eagle3_ray.settings_file import dump_settings, read_settings_file, write_run_yaml
 from eagle3_ray.storage import ObjectPath
+from eagle3_ray.verbs import VERBS, DemoSettings, ExportSettings, GenerateSettings, VocabMappingSettings
 
 TRAIN: dict[str, Any] = {"verifier_name_or_path": "verifier"}
 SMALLEST: dict[str, dict[str, Any]] = {
@@ -31,7 +25,9 @@ SMALLEST: dict[str, dict[str, Any]] = {
     "vocab-mapping": {"target_vocab_size": 64000},
     "train": TRAIN,
     "doctor": TRAIN,
+    "evaluate": {"draft_path": "checkpoints/best", "prompts_path": "p.jsonl"},
     "export": {"checkpoint_path": "checkpoints/0", "output_path": "served"},
+    "report": {"run_paths": ["checkpoints"]},
     "demo": {},
 }
 
@@ -112,11 +108,21 @@ def test_code_can_ask_for_the_model_section_alone() -> None:
         ("max_steps", 0),
         ("checkpoint_every_minutes", 0),
         ("keep_last", 0),
+        ("optimizer", "sgd"),
+        ("early_stop_epochs", 0),
+        ("ema_decay", 1),
+        ("ema_decay", -0.1),
+        ("gradient_checkpointing", "maybe"),
         ("lr", 0),
         ("lr", float("nan")),
         ("lr", float("inf")),
         ("weight_decay", -0.1),
         ("warmup_frac", 1),
+        ("warmup_steps", -1),
+        ("lr_schedule", "constant"),
+        ("decay_frac", 0),
+        ("adam_beta1", 1),
+        ("adam_beta2", -0.1),
         ("noise_std", -0.05),
         ("train_frac", 0),
         ("train_frac", 1.1),
@@ -133,6 +139,10 @@ def test_code_can_ask_for_the_model_section_alone() -> None:
         ("run_name", ""),
         ("verifier_name_or_path", ""),
         ("num_layers", 1.5),
+        ("draft_vocab_size", 0),
+        ("draft_vocab_size", 1.5),
+        ("draft_vocab_size", True),
+        ("draft_vocab_size", "all"),
     ],
 )
 def test_train_refuses_a_value_out_of_range(field: str, value: object) -> None:
@@ -218,6 +228,30 @@ def test_contradictions_in_train_are_told_together() -> None:
     ]
 
 
+@pytest.mark.parametrize(("given", "read"), [("full", "full"), ("320", 320), (320, 320), (None, None)])
+def test_the_draft_vocabulary_is_a_number_or_all_of_it(given: object, read: object) -> None:
+    assert TrainSettings(**TRAIN, draft_vocab_size=given).draft_vocab_size == read
+    text = problems_of(TrainSettings, **TRAIN, draft_vocab_size="-3")
+    assert text == "must be full, or a whole number of at least 1"
+
+
+def test_a_full_vocabulary_is_not_chosen_by_counts() -> None:
+    text = problems_of(TrainSettings, **TRAIN, draft_vocab_size="full", token_freq_path="counts.pt")
+    assert text == "--draft-vocab-size full and --token-freq-path exclude each other: nothing is chosen by counts"
+
+
+def test_a_run_that_may_stop_early_needs_validation() -> None:
+    text = problems_of(TrainSettings, **TRAIN, early_stop_epochs=2, train_frac=1)
+    assert text == "--early-stop-epochs 2 goes by validation, of which --train-frac 1 leaves none"
+    assert TrainSettings(**TRAIN, early_stop_epochs=2).early_stop_epochs == 2
+
+
+def test_a_window_holds_a_chain() -> None:
+    text = problems_of(TrainSettings, **TRAIN, sliding_window=4, ttt_steps=5)
+    assert text == "--sliding-window 4 is shorter than a chain of --ttt-steps 5"
+    assert TrainSettings(**TRAIN, sliding_window=5, ttt_steps=5).sliding_window == 5
+
+
 def test_loggers_are_split_at_commas() -> None:
     assert TrainSettings(**TRAIN, logger=" wandb, tensorboard ,").logger_names == ("wandb", "tensorboard")
     assert TrainSettings(**TRAIN).logger_names == ()
@@ -228,6 +262,73 @@ def test_unknown_and_repeated_loggers_are_refused() -> None:
         "no logger is called mlflow; choose from tensorboard, wandb, trackio"
     )
     assert problems_of(TrainSettings, **TRAIN, logger="wandb,wandb") == "names a logger twice"
+
+
+def test_a_loss_is_a_name_or_weights_of_several() -> None:
+    assert TrainSettings(**TRAIN).losses == (("kl", 1.0),)
+    assert TrainSettings(**TRAIN, loss="lk").losses == (("lk", 1.0),)
+    assert TrainSettings(**TRAIN, loss='{"ce": 0.1, "tv": 1}').losses == (("ce", 0.1), ("tv", 1.0))
+    as_in_a_file = TrainSettings.model_validate({**TRAIN, "loss": {"ce": 0.1, "tv": 1}})
+    assert as_in_a_file.losses == (("ce", 0.1), ("tv", 1.0))
+    assert "expected a number above 0" in problems_of(TrainSettings, **TRAIN, loss={"ce": date(2026, 1, 2)})
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        ("mse", "no loss is called 'mse'; choose from kl, reverse_kl, jsd, ce, tv, nla, lk"),
+        ("", "no loss is called ''; choose from"),
+        ("{}", "choose from kl"),
+        ('{"ce": 0.1, "hinge": 1}', "no loss is called 'hinge'; choose from"),
+        ('{"ce": "much"}', 'the weight of ce is "much", expected a number above 0'),
+        ('{"ce": true}', "the weight of ce is true, expected a number above 0"),
+        ('{"ce": NaN}', "the weight of ce is NaN, expected a number above 0"),
+        ('{"ce": Infinity}', "the weight of ce is Infinity, expected a number above 0"),
+        ('{"ce": 0}', "the weight of ce is 0, expected a number above 0"),
+        ('{"ce": -1}', "the weight of ce is -1, expected a number above 0"),
+        ('{"ce": 0.1', "is no JSON ("),
+        ('{"ce": 1, "ce": 2}', "names a loss twice"),
+        ('{"ce": 1' + "0" * 400 + "}", "the weight of ce is 1000"),
+    ],
+)
+def test_another_loss_is_refused(loss: str, expected: str) -> None:
+    assert problems_of(TrainSettings, **TRAIN, loss=loss).startswith(expected)
+
+
+def test_workers_are_a_number_or_two_bounds() -> None:
+    def bounds(given: object) -> tuple[bool, int | None, int | None]:
+        train = TrainSettings.model_validate({**TRAIN, "num_workers": given})
+        return train.is_elastic, train.min_workers, train.max_workers
+
+    assert bounds(None) == (False, None, None)
+    assert bounds(3) == bounds("3") == bounds("3:3") == (False, 3, None)
+    assert bounds("2:8") == (True, 2, 8)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("0", "must be at least 1"),
+        ("0:4", "must be at least 1"),
+        ("8:2", "2 is less than 8"),
+        ("2:", "expected a whole number, or two of them as in 2:8"),
+        ("2:4:8", "expected a whole number, or two of them as in 2:8"),
+        ("-1", "expected a whole number, or two of them as in 2:8"),
+        ("all", "expected a whole number, or two of them as in 2:8"),
+    ],
+)
+def test_other_numbers_of_workers_are_refused(given: str, expected: str) -> None:
+    assert problems_of(TrainSettings, **TRAIN, num_workers=given) == expected
+
+
+def test_a_dry_run_removes_no_training() -> None:
+    text = problems_of(TrainSettings, **TRAIN, dry_run=True, resume_from_checkpoint=False)
+    assert text == "--dry-run and --no-resume-from-checkpoint exclude each other: a dry run removes no training"
+
+
+def test_an_elastic_run_packs_in_its_workers() -> None:
+    text = problems_of(TrainSettings, **TRAIN, num_workers="1:4", pack_in="task")
+    assert text.startswith("--num-workers 1:4 and --pack-in task exclude each other")
 
 
 @pytest.mark.parametrize(
@@ -267,10 +368,12 @@ def test_defaults_survive_yaml(verb: str, tmp_path: Path) -> None:
 
 def any_value(annotation: Any) -> st.SearchStrategy[Any]:
     """Values of a field's type, in ranges that every field of the schema allows."""
-    kind = alternatives_of(annotation)[-1]
+    *others, kind = alternatives_of(annotation)
     words = st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="~/:,\0"), min_size=1, max_size=9)
     if get_origin(kind) is Literal:
-        values: st.SearchStrategy[Any] = st.sampled_from(get_args(kind))
+        values: st.SearchStrategy[Any] = st.one_of(st.sampled_from(get_args(kind)), *map(any_value, others))
+    elif get_origin(kind) is tuple and Path in alternatives_of(get_args(kind)[0]):
+        values = st.lists(any_value(Path | ObjectPath), min_size=1, unique_by=str).map(tuple)
     elif get_origin(kind) is tuple:
         values = st.sets(st.integers(0, 100), min_size=1).map(lambda ids: tuple(sorted(ids)))
     elif kind is Path:
@@ -288,12 +391,26 @@ def any_value(annotation: Any) -> st.SearchStrategy[Any]:
 
 
 # What a cross-field check would often refuse is left at one value; those checks have tests of their own.
+FIXED_TRAIN = {
+    "logger": "wandb,tensorboard",
+    "fc_norm": False,
+    "num_workers": 3,
+    "dry_run": False,
+    "sliding_window": 10**7,
+    "ttt_steps": 3,
+    "loss": "kl",
+    "token_freq_path": None,
+    "d2t_path": Path("a"),
+    "t2d_path": Path("b"),
+}
 FIXED: dict[str, dict[str, Any]] = {
     "generate": {"skip_first_tokens": 0},
     "vocab-mapping": {"target_vocab_size": 10**7, "target_model_path": None},
-    "train": {"logger": "wandb,tensorboard", "fc_norm": False, "d2t_path": Path("a"), "t2d_path": Path("b")},
-    "doctor": {"logger": "wandb,tensorboard", "fc_norm": False, "d2t_path": Path("a"), "t2d_path": Path("b")},
+    "train": FIXED_TRAIN,
+    "doctor": FIXED_TRAIN,
+    "evaluate": {"data_path": Path("data")},
     "export": {},
+    "report": {},
     "demo": {},
 }
 
@@ -310,6 +427,16 @@ def test_any_settings_survive_yaml(verb: str, data: st.DataObject, tmp_path_fact
     after = read_back(VERBS[verb], path)
     assert after == before
     assert all(type(left) is type(right) for (_, left), (_, right) in zip(after, before, strict=True))
+
+
+def test_bounds_of_the_workers_survive_yaml_and_are_no_minutes_and_seconds(tmp_path: Path) -> None:
+    before = TrainSettings(**TRAIN, num_workers="2:8")
+    write_run_yaml(before, tmp_path / "run.yaml")
+    assert read_back(TrainSettings, tmp_path / "run.yaml") == before
+    (tmp_path / "mine.yaml").write_text("verifier_name_or_path: v\nnum_workers: 2:8\nlr: 1e-3\nseed: 7\n")
+    mine = read_back(TrainSettings, tmp_path / "mine.yaml")
+    assert isinstance(mine, TrainSettings)
+    assert (mine.num_workers, mine.seed) == ("2:8", 7)
 
 
 def test_run_yaml_names_every_setting_but_the_file_it_may_come_from(tmp_path: Path) -> None:

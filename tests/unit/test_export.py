@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import AutoConfig, LlamaConfig
 
 import eagle3_ray.export as export_module
-from eagle3_ray.config import ExportSettings
 from eagle3_ray.errors import CheckpointError, ExportError
 from eagle3_ray.export import ExportFormat, export_checkpoint
 from eagle3_ray.jobs import export as export_job
 from eagle3_ray.speculators_format import check_speculators_folder
+from eagle3_ray.verbs import ExportSettings
 
 DRAFTS = ("decay", "eagle31", "fc_norm", "one_layer", "residual_first", "two_layers")
 # What SGLang's LlamaForCausalLMEagle3 has parameters for, plus the mapping that its loader looks for.
@@ -71,6 +71,24 @@ def test_an_sglang_export_has_its_names_and_the_same_values(make_checkpoint: Mak
     for name, tensor in written.items():
         assert torch.equal(tensor, original[name.replace("midlayer", "layers.0")])
     assert "--speculative-num-steps 3" in exported.serve_command and str(exported.path) in exported.serve_command
+
+
+@pytest.mark.parametrize("target", ["speculators", "sglang"])
+def test_a_full_vocabulary_is_exported_without_a_mapping(
+    target: ExportFormat, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    """Without d2t, SGLang takes a draft's ids for the verifier's."""
+
+    def fill(tensors: dict[str, Tensor]) -> None:
+        del tensors["d2t"], tensors["t2d"]
+        tensors["lm_head.weight"] = torch.ones(320, 64)
+
+    checkpoint = make_checkpoint("residual_first", lambda config: config.update(draft_vocab_size=320), fill)
+    export_checkpoint(checkpoint, tmp_path / "out", target)
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert "midlayer.hidden_norm.weight" not in written or written.keys() == SGLANG_NAMES - {"d2t", "t2d"}
+    assert not written.keys() & {"d2t", "t2d"} and written["lm_head.weight"].shape == (320, 64)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["draft_vocab_size"] == 320
 
 
 def test_an_sglang_config_says_what_sglang_reads(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
@@ -130,7 +148,10 @@ def test_a_draft_that_sglang_would_compute_wrongly_is_refused_with_every_reason(
 
 def test_sglang_refuses_what_no_recorded_draft_has(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     def edit_config(config: dict[str, Any]) -> None:
-        config["transformer_layer_config"] |= {"model_type": "qwen3", "hidden_act": "gelu"}
+        config["transformer_layer_config"] |= {
+            **{"model_type": "qwen3", "hidden_act": "gelu"},
+            **{"layer_types": ["sliding_attention"], "sliding_window": 64, "use_sliding_window": True},
+        }
         config |= {"embed_requires_grad": True, "eagle_aux_hidden_state_layer_ids": [0, 4]}
 
     def edit_tensors(tensors: dict[str, Tensor]) -> None:
@@ -141,6 +162,7 @@ def test_sglang_refuses_what_no_recorded_draft_has(make_checkpoint: MakeCheckpoi
     message = _refusal(checkpoint, tmp_path / "out", "sglang")
     for reason in (
         "model_type qwen3: it has no q/k norms",
+        "sliding_window 64: it reads none from config.json",
         "hidden_act gelu: it has silu only",
         "embed_requires_grad true: it takes the verifier's embedding",
         "auxiliary layers [0, 4]: its fc reads 3 states",

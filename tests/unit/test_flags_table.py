@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from eagle3_ray.config import VERBS
 from eagle3_ray.errors import UsageError
 from eagle3_ray.flags import extended_verb, flag_groups, flags_of, flags_table, main, write_flags_tables
+from eagle3_ray.verbs import VERBS
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -27,15 +27,21 @@ def test_the_readme_tells_what_the_schema_tells() -> None:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_table_has_a_row_for_each_field_and_no_other(verb: str) -> None:
-    names = [re.findall(r"--[a-z0-9-]+", row[0])[0] for row in rows_of(flags_table(verb))]
+    names = [re.findall(r"--[a-z0-9-]+|^`RUN", row[0])[0].strip("`") for row in rows_of(flags_table(verb))]
     extended = extended_verb(verb)
     fields = VERBS[verb].model_fields.keys() - (VERBS[extended].model_fields.keys() if extended else set())
-    assert sorted(names) == sorted("--" + field.replace("_", "-") for field in fields)
+    without_flag = {"run_paths": "RUN"}
+    assert sorted(names) == sorted(without_flag.get(field, "--" + field.replace("_", "-")) for field in fields)
 
 
 def test_a_verb_that_extends_another_tells_only_what_it_adds() -> None:
     assert extended_verb("doctor") == "train" and extended_verb("train") is None
     assert [row[0] for row in rows_of(flags_table("doctor"))] == ["`--time-steps INT`"]
+
+
+def test_words_without_a_flag_have_a_row_of_their_own() -> None:
+    row = rows_of(flags_table("report"))[0]
+    assert row == ["`RUN [RUN ...]`", "required", "Run folders: what --save-path of train named."]
 
 
 def test_rows_tell_flag_default_and_meaning() -> None:
@@ -45,6 +51,7 @@ def test_rows_tell_flag_default_and_meaning() -> None:
     assert rows["`--use-gpu`, `--no-use-gpu`"] == ["if the cluster has any", "Train on GPUs."]
     assert rows["`--norm-before-fc`, `--no-norm-before-fc`"][0] == "off"
     assert rows["`--precision {auto,fp32,bf16}`"][0] == "auto"
+    assert rows["`--draft-vocab-size INT|full`"][0] == "32000, or the verifier's vocabulary if smaller"
     assert rows["`--lr FLOAT`"][0] == "0.0001"
     assert rows["`--logger TEXT`"][0] == "none"
 

@@ -5,7 +5,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eagle3_ray.metrics import METRICS, TRAIN, VAL, TttSums, metrics_table, summarize, unknown_names
+from eagle3_ray.intervals import cross_moments
+from eagle3_ray.metrics import (
+    METRICS,
+    TRAIN,
+    VAL,
+    TttSums,
+    metrics_table,
+    summarize,
+    summarize_spread,
+    unknown_names,
+)
 
 
 def _sums(counts: np.ndarray, right: np.ndarray, loss: np.ndarray) -> TttSums:
@@ -64,6 +74,20 @@ def test_a_mean_over_no_position_is_left_out() -> None:
         "train/accuracy_0": 1.0,
         "train/cond_acc_0": 1.0,
     }
+
+
+def test_intervals_are_told_of_what_has_one() -> None:
+    found = summarize_spread(cross_moments([[3, 1], [1, 1]], [[4, 2], [4, 2]]))
+    assert found == {
+        "val/acceptance_0": 0.5,
+        "val/acceptance_1": 0.5,
+        "val/acceptance_ci_0": pytest.approx(1.96 / 4),
+        "val/acceptance_ci_1": 0.0,
+        "val/expected_tokens_ci": pytest.approx(1.96 / 4),
+    }
+    assert unknown_names(found) == []
+    one_bin = summarize_spread(cross_moments([[3, 0]], [[4, 0]]))
+    assert one_bin == {"val/acceptance_0": 0.75}
 
 
 def test_sums_survive_the_trip_through_one_array() -> None:

@@ -63,6 +63,24 @@ def _set(key: str, value: Any) -> Callable[[dict[str, Any]], Any]:
             lambda c: c["transformer_layer_config"].update(num_key_value_heads=3),
             "4 heads do not share 3 key-value heads",
         ),
+        (
+            lambda c: c["transformer_layer_config"].update(layer_types=["full_attention"] * 2),
+            "layer_types names 2 layers of 1",
+        ),
+        (
+            lambda c: c["transformer_layer_config"].update(layer_types=["sliding_attention"]),
+            "layer_types has sliding_attention, but there is no sliding_window",
+        ),
+        (
+            lambda c: c["transformer_layer_config"].update(
+                model_type="qwen3", layer_types=["sliding_attention"], sliding_window=64
+            ),
+            "layer_types has sliding_attention, but use_sliding_window is not true",
+        ),
+        (
+            lambda c: c["transformer_layer_config"].update(model_type="qwen3"),
+            "model.safetensors: layers.0.self_attn.k_norm.weight is missing",
+        ),
         (_set("fc_norm", True), "model.safetensors: fc_norm.0.weight is missing"),
         (_set("dtype", "bfloat16"), "model.safetensors: fc.weight has dtype F32, expected BF16"),
     ],
@@ -96,6 +114,50 @@ def test_tensors_that_do_not_fit_the_config_are_refused(
     checkpoint = make_checkpoint("one_layer", edit_tensors=edit_tensors)
     message = _refusal(checkpoint)
     assert message.splitlines()[1].startswith("  model.safetensors: ") and problem in message.splitlines()[1]
+
+
+def _make_full(make_checkpoint: MakeCheckpoint, **mapping: Tensor) -> Path:
+    """A draft of all 320 tokens, with such of a mapping."""
+
+    def edit_tensors(tensors: dict[str, Tensor]) -> None:
+        del tensors["d2t"], tensors["t2d"]
+        tensors |= {"lm_head.weight": torch.ones(320, 64), **mapping}
+
+    return make_checkpoint("one_layer", _set("draft_vocab_size", 320), edit_tensors)
+
+
+ZEROS, ONES = torch.zeros(320, dtype=torch.int64), torch.ones(320, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("mapping", [{}, {"d2t": ZEROS, "t2d": ONES}], ids=["absent", "identity"])
+def test_a_full_vocabulary_needs_no_mapping_and_may_have_that_of_every_id(
+    mapping: dict[str, Tensor], make_checkpoint: MakeCheckpoint
+) -> None:
+    assert check_speculators_folder(_make_full(make_checkpoint, **mapping)).draft_vocab_size == 320
+
+
+@pytest.mark.parametrize(
+    ("mapping", "problem"),
+    [
+        ({"d2t": ZEROS}, "t2d is missing"),
+        ({"t2d": ONES}, "d2t is missing"),
+        ({"d2t": ZEROS + 1, "t2d": ONES}, "d2t and t2d do not fit"),
+        ({"d2t": ZEROS, "t2d": ~ONES}, "d2t and t2d do not fit"),
+    ],
+    ids=["d2t alone", "t2d alone", "moved", "none kept"],
+)
+def test_a_full_vocabulary_with_another_mapping_is_refused(
+    mapping: dict[str, Tensor], problem: str, make_checkpoint: MakeCheckpoint
+) -> None:
+    assert f"model.safetensors: {problem}" in _refusal(_make_full(make_checkpoint, **mapping))
+
+
+def test_a_part_of_the_vocabulary_needs_its_mapping(make_checkpoint: MakeCheckpoint) -> None:
+    def remove(tensors: dict[str, Tensor]) -> None:
+        del tensors["d2t"], tensors["t2d"]
+
+    message = _refusal(make_checkpoint("one_layer", edit_tensors=remove))
+    assert "d2t is missing" in message and "t2d is missing" in message
 
 
 def test_all_problems_are_in_one_message(make_checkpoint: MakeCheckpoint) -> None:

@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eagle3_ray.data import vocab as vocab_module
-from eagle3_ray.data.vocab import choose_vocab, read_mapping, read_token_freq, write_mapping, write_token_freq
+from eagle3_ray.data.vocab import (
+    choose_vocab,
+    full_vocab,
+    read_mapping,
+    read_token_freq,
+    write_mapping,
+    write_token_freq,
+)
 from eagle3_ray.errors import DataError, VocabMappingError
 from eagle3_ray.storage import write_atomically
 
@@ -51,6 +58,12 @@ def test_most_frequent_ids_are_kept_ties_to_the_smaller_then_the_smallest_unused
     assert mapping.kept_ids.tolist() == expected
     assert torch.nonzero(mapping.in_draft_vocab).flatten().tolist() == expected
     assert [i + offset for i, offset in enumerate(mapping.draft_to_verifier_offset.tolist())] == expected
+
+
+def test_a_full_vocabulary_is_the_one_chosen_of_all_ids_by_any_counts() -> None:
+    full, chosen = full_vocab(6), choose_vocab(COUNTS, 6)
+    assert full.kept_ids.tolist() == chosen.kept_ids.tolist() == list(range(6)) and full.digest() == chosen.digest()
+    assert full.is_full and chosen.is_full and not choose_vocab(COUNTS, 5).is_full
 
 
 def test_recorded_mapping_is_reproduced(parity: Path) -> None:

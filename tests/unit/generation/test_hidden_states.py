@@ -1,6 +1,7 @@
 """States of padded batches against plain forward passes of transformers, one sample at a time."""
 
 import itertools
+import json
 from pathlib import Path
 
 import numpy as np
@@ -193,6 +194,17 @@ def test_layers_that_run_in_another_order_than_listed_are_refused() -> None:
 
     with pytest.raises(VerifierError, match=r"the states entering layers \[0, 1\] are not transformers' hidden_states"):
         CapturingVerifier("tiny", Reordered(), (0, 1, 2), 7)
+
+
+def test_a_shard_index_that_reaches_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    write_verifier(tmp_path / "verifier")
+    (tmp_path / "verifier" / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    weight_map = dict.fromkeys(load_file(tmp_path / "elsewhere.safetensors"), "../elsewhere.safetensors")
+    index = {"metadata": {}, "weight_map": weight_map}
+    (tmp_path / "verifier" / "model.safetensors.index.json").write_text(json.dumps(index))
+    info = read_verifier_config(str(tmp_path / "verifier"))
+    with pytest.raises(VerifierError, match=r"is in '\.\./elsewhere.safetensors'; expected the name of a file in that"):
+        load_verifier(info, LAYERS, "cpu", torch.float32, trust_remote_code=False)
 
 
 def test_missing_weights_are_refused(tmp_path: Path) -> None:

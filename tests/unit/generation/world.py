@@ -9,10 +9,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from eagle3_ray.config import GenerateSettings
 from eagle3_ray.data.samples import Sample, SampleSpec, read_sample
 from eagle3_ray.jobs import generate
 from eagle3_ray.model.verifier import load_final_norm, read_verifier_config
+from eagle3_ray.verbs import GenerateSettings
 
 HIDDEN_SIZE = 32
 SPECIAL_TOKENS = ["<s>", "<|im_start|>", "<|im_end|>"]

@@ -84,6 +84,10 @@ def test_workers_are_chosen_by_what_the_cluster_has(monkeypatch: pytest.MonkeyPa
     assert choose_workers(7, None) == WorkerRequest(7, False, 1)
     _pretend(monkeypatch, (4, 0), (4, 0), (2, 0))
     assert choose_workers(3, None) == WorkerRequest(3, False, 2)  # 9 // 3 would fit on two nodes only
+    assert choose_workers(1, None, max_workers=3) == WorkerRequest(3, False, 2, min_workers=1)
+    assert choose_workers(2, None, max_workers=64) == WorkerRequest(64, False, 1, min_workers=2)  # there may be more
+    with pytest.raises(ClusterError, match="10 workers would take 11 CPUs"):
+        choose_workers(10, None, max_workers=64)
     with pytest.raises(ClusterError, match=r"1 worker would take .* and 1 GPU .* has 10 CPUs and 0 GPUs"):
         choose_workers(None, True)
 

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from eagle3_ray.model import cpu_attention
 from eagle3_ray.model.attention import BLOCK, BLOCK_TENSORS, attend_flex, build_block_mask, build_document_attention
 from eagle3_ray.model.cpu_attention import cut_into_pieces, merge_diagonals
 
@@ -20,11 +21,12 @@ def keep(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def dense_mask(rows: Tensor, num_later_steps: int) -> Tensor:
+def dense_mask(rows: Tensor, num_later_steps: int, reach: int = NUM_TOKENS) -> Tensor:
     """[R, T + steps*T] bool: the rule as a picture, step-0 keys first, then each later step's own keys."""
     document = torch.cat([torch.full((end - start,), n) for n, (start, end) in enumerate(DOCUMENTS)])
     index = torch.arange(NUM_TOKENS)
-    causal = (index[:, None] >= index[None, :]) & (document[:, None] == document[None, :])
+    distance = index[:, None] - index[None, :]
+    causal = (distance >= 0) & (distance < reach) & (document[:, None] == document[None, :])
     diagonal = torch.eye(NUM_TOKENS, dtype=torch.bool)
     return torch.cat([causal, *[diagonal] * num_later_steps], dim=1)[rows]
 
@@ -43,21 +45,22 @@ def random_inputs(num_later_steps: int, dtype: torch.dtype) -> list[Tensor]:
     return [torch.randn(shape, generator=generator, dtype=dtype, requires_grad=True) for shape in shapes]
 
 
-def ours(queries: Tensor, keys: Tensor, values: Tensor, *later: Tensor) -> Tensor:
-    attend = build_document_attention(DOCUMENTS, ROWS, NUM_TOKENS, CPU, keep)
+def ours(queries: Tensor, keys: Tensor, values: Tensor, *later: Tensor, reach: int | None = None) -> Tensor:
+    attend = build_document_attention(DOCUMENTS, ROWS, NUM_TOKENS, CPU, keep, reach)
     return attend(queries, keys, values, [(later[i][ROWS], later[i + 1][ROWS]) for i in range(0, len(later), 2)])
 
 
-def oracle(queries: Tensor, keys: Tensor, values: Tensor, *later: Tensor) -> Tensor:
-    mask = dense_mask(ROWS, len(later) // 2)
+def oracle(queries: Tensor, keys: Tensor, values: Tensor, *later: Tensor, reach: int = NUM_TOKENS) -> Tensor:
+    mask = dense_mask(ROWS, len(later) // 2, reach)
     return dense_attention(queries, torch.cat([keys, *later[0::2]]), torch.cat([values, *later[1::2]]), mask)
 
 
 @pytest.mark.parametrize("num_later_steps", [0, 1, 3])
-def test_output_and_gradients_equal_the_dense_brute_force(num_later_steps: int) -> None:
+@pytest.mark.parametrize("reach", [None, 1, 2, 3, 5])
+def test_output_and_gradients_equal_the_dense_brute_force(num_later_steps: int, reach: int | None) -> None:
     inputs = random_inputs(num_later_steps, torch.float64)
     weight = torch.randn(len(ROWS), HEADS, HEAD_DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    found, expected = ours(*inputs), oracle(*inputs)
+    found, expected = ours(*inputs, reach=reach), oracle(*inputs, reach=reach or NUM_TOKENS)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)  # float64 throughout
     found_grads = torch.autograd.grad((found * weight).sum(), inputs)
     expected_grads = torch.autograd.grad((expected * weight).sum(), inputs)
@@ -68,10 +71,56 @@ def test_output_and_gradients_equal_the_dense_brute_force(num_later_steps: int) 
 def test_rows_see_a_rectangle_and_a_triangle_of_their_document() -> None:
     """ROWS make seven runs; those that begin within their document have keys before them."""
     seen = torch.zeros(len(ROWS), NUM_TOKENS, dtype=torch.int64)
-    for rows, keys, is_causal in cut_into_pieces(DOCUMENTS, ROWS):
-        part = torch.ones(rows.stop - rows.start, keys.stop - keys.start, dtype=torch.int64)
-        seen[rows, keys] += part.tril() if is_causal else part
+    for piece in cut_into_pieces(DOCUMENTS, ROWS):
+        assert piece.mask(torch.float32) is None
+        part = torch.ones(piece.rows.stop - piece.rows.start, piece.keys.stop - piece.keys.start, dtype=torch.int64)
+        seen[piece.rows, piece.keys] += part.tril() if piece.is_causal else part
     assert torch.equal(seen, dense_mask(ROWS, 0).long())
+
+
+@pytest.mark.parametrize("reach", [1, 2, 7, 40, 200])
+@pytest.mark.parametrize("sizes", [(4, 4), (1, 16), (64, 512)])
+def test_within_reach_every_pair_is_seen_once(
+    reach: int, sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_attention, "MIN_BLOCK_ROWS", sizes[0])
+    monkeypatch.setattr(cpu_attention, "MAX_BLOCK_ROWS", sizes[1])
+    documents = [(0, 3), (3, 90), (90, 91), (91, 180)]
+    rows = torch.cat((torch.arange(2, 60), torch.arange(70, 75), torch.arange(91, 180)))
+    seen, own = torch.zeros(len(rows), 180, dtype=torch.int64), torch.zeros(len(rows), dtype=torch.int64)
+    for piece in cut_into_pieces(documents, rows, reach):
+        part = torch.ones(piece.rows.stop - piece.rows.start, piece.keys.stop - piece.keys.start)
+        mask = piece.mask(torch.float32)
+        assert piece.rows.stop - piece.rows.start <= sizes[1]
+        part = part.tril() if piece.is_causal else part if mask is None else mask.exp()
+        assert part.any(1).all()  # a softmax over nothing would be NaN
+        seen[piece.rows, piece.keys] += part.long()
+        own[piece.rows] += piece.has_own_keys
+        assert own[piece.rows].all()  # what comes later is merged into it
+    document = torch.cat([torch.full((end - start,), n) for n, (start, end) in enumerate(documents)])
+    distance = rows[:, None] - torch.arange(180)
+    expected = (distance >= 0) & (distance < reach) & (document[rows][:, None] == document)
+    assert torch.equal(seen, expected.long()) and (own == 1).all()
+
+
+@pytest.mark.parametrize("reach", [1, 63, 64, 300, 700])
+def test_windows_across_the_kernels_own_blocks_equal_the_dense_brute_force(reach: int) -> None:
+    documents, num_tokens = [(0, 20), (20, 1100), (1100, 1300)], 1300
+    generator = torch.Generator().manual_seed(2)
+    rows = torch.arange(num_tokens)[torch.arange(num_tokens) % 700 > 30]
+    shapes = [(len(rows), HEADS, HEAD_DIM), *[(num_tokens, GROUPS, HEAD_DIM)] * 2]
+    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    document = torch.cat([torch.full((end - start,), n) for n, (start, end) in enumerate(documents)])
+    distance = rows[:, None] - torch.arange(num_tokens)
+    mask = (distance >= 0) & (distance < reach) & (document[rows][:, None] == document)
+    queries, keys, values = inputs
+    found = build_document_attention(documents, rows, num_tokens, CPU, keep, reach)(queries, keys, values, [])
+    expected = dense_attention(queries, keys, values, mask)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)  # float64 throughout
+    weight = torch.randn(found.shape, generator=generator, dtype=torch.float64)
+    grads = (torch.autograd.grad((output * weight).sum(), inputs) for output in (found, expected))
+    for found_grad, expected_grad in zip(*grads, strict=True):
+        torch.testing.assert_close(found_grad, expected_grad, rtol=1e-10, atol=1e-12)
 
 
 def test_bf16_output_is_within_bf16_rounding_of_float64() -> None:
@@ -99,14 +148,15 @@ def test_a_token_of_another_document_or_of_the_future_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("num_later_steps", [0, 2])
-def test_flex_attention_with_the_merge_equals_the_cpu_implementation(num_later_steps: int) -> None:
+@pytest.mark.parametrize("reach", [None, 3])
+def test_flex_attention_with_the_merge_equals_the_cpu_implementation(num_later_steps: int, reach: int | None) -> None:
     """FlexAttention has no backward on CPUs; its gradients are compared in tests/gpu."""
     queries, keys, values, *later = (x.detach() for x in random_inputs(num_later_steps, torch.float32))
     diagonal = [(later[i][ROWS], later[i + 1][ROWS]) for i in range(0, len(later), 2)]
-    block_mask = build_block_mask(DOCUMENTS, ROWS, NUM_TOKENS, keep)
+    block_mask = build_block_mask(DOCUMENTS, ROWS, NUM_TOKENS, keep, reach)
     output, log_sum_exp = attend_flex(queries, keys, values, block_mask, flex_attention)
     found, _ = merge_diagonals(output, log_sum_exp, queries, diagonal)
-    expected = build_document_attention(DOCUMENTS, ROWS, NUM_TOKENS, CPU, keep)(queries, keys, values, diagonal)
+    expected = build_document_attention(DOCUMENTS, ROWS, NUM_TOKENS, CPU, keep, reach)(queries, keys, values, diagonal)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)  # two orders of float32 sums
 
 
@@ -122,13 +172,17 @@ def random_documents(seed: int) -> tuple[list[tuple[int, int]], Tensor, int]:
     return list(zip([0, *ends[:-1]], ends, strict=True)), torch.arange(num_tokens)[is_row], num_tokens
 
 
+@pytest.mark.parametrize("reach", [None, 1, 200])
 @pytest.mark.parametrize("seed", range(12))
-def test_the_block_mask_equals_the_one_made_of_a_mask_of_every_pair(seed: int) -> None:
+def test_the_block_mask_equals_the_one_made_of_a_mask_of_every_pair(seed: int, reach: int | None) -> None:
     documents, rows, num_tokens = random_documents(seed)
     document = torch.cat([torch.full((end - start,), n) for n, (start, end) in enumerate(documents)])
-    found = build_block_mask(documents, rows, num_tokens, keep)
+    found = build_block_mask(documents, rows, num_tokens, keep, reach)
+    within = num_tokens if reach is None else reach
     expected = create_block_mask(
-        lambda _batch, _head, query, key: (rows[query] >= key) & (document[rows[query]] == document[key]),
+        lambda _batch, _head, query, key: (rows[query] >= key)
+        & (rows[query] - key < within)
+        & (document[rows[query]] == document[key]),
         B=None, H=None, Q_LEN=len(rows), KV_LEN=num_tokens, device="cpu",
     )  # fmt: skip
     assert found.seq_lengths == expected.seq_lengths and found.BLOCK_SIZE == expected.BLOCK_SIZE
@@ -147,7 +201,7 @@ def test_some_of_these_masks_have_blocks_that_are_seen_in_full_and_some_have_non
     assert max(num_full) > 0 and min(num_full) == 0
 
 
-def test_bins_of_other_lengths_compile_nothing_anew() -> None:
+def test_bins_of_other_lengths_and_steps_of_other_reach_compile_nothing_anew() -> None:
     """Once for any number of rows, tokens and blocks but one, which is a case of its own; here without a backward."""
     counter = CompileCounter()
     kernel = torch.compile(flex_attention, dynamic=True, backend=counter)
@@ -155,9 +209,10 @@ def test_bins_of_other_lengths_compile_nothing_anew() -> None:
     for documents, rows, num_tokens in filter(lambda made: len(made[1]) > BLOCK, map(random_documents, range(12))):
         shapes = [(len(rows), HEADS, 16), (num_tokens, GROUPS, 16), (num_tokens, GROUPS, 16)]
         queries, keys, values = (torch.randn(shape, generator=torch.Generator().manual_seed(1)) for shape in shapes)
-        attend_flex(queries, keys, values, build_block_mask(documents, rows, num_tokens, keep), kernel)
-        num_compiled.append(counter.frame_count)
-    assert len(num_compiled) > 5 and set(num_compiled) == {1}
+        for reach in (None, 300):
+            attend_flex(queries, keys, values, build_block_mask(documents, rows, num_tokens, keep, reach), kernel)
+            num_compiled.append(counter.frame_count)
+    assert len(num_compiled) > 10 and set(num_compiled) == {1}
 
 
 def test_gradients_through_the_merge_equal_the_dense_brute_force() -> None:

@@ -125,6 +125,20 @@ def test_rope_that_a_llama_layer_cannot_follow_is_refused(tmp_path: Path) -> Non
         build(tmp_path, by_layer)
 
 
+def test_of_rope_by_layer_type_the_draft_takes_that_of_full_attention(tmp_path: Path) -> None:
+    full, sliding = {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}, {"rope_theta": 1e4}
+    config = VERIFIER | {"model_type": "unheard_of", "rope_parameters": {"full_attention": full, "sliding": sliding}}
+    assert written_layer(build(tmp_path, config))["rope_parameters"] == full
+
+
+def test_of_three_positions_a_text_has_one(tmp_path: Path) -> None:
+    """Qwen-VL's: sections of a head turn by a position each, which are equal in text."""
+    scaling = {"type": "mrope", "mrope_section": [1, 1, 2]}
+    config = VERIFIER | {"model_type": "unheard_of", "rope_scaling": scaling}
+    rope = written_layer(build(tmp_path, config))["rope_parameters"]
+    assert rope == {"rope_type": "default", "rope_theta": 5e5, "mrope_section": [1, 1, 2]}
+
+
 def test_the_text_part_of_a_multimodal_config_is_inherited_from(tmp_path: Path) -> None:
     config = {"model_type": "unheard_of", "architectures": ["Seer"], "hidden_size": 9, "text_config": VERIFIER}
     draft = build(tmp_path, config)
@@ -135,7 +149,10 @@ OPTIONS = [
     ModelSettings(),
     ModelSettings(num_layers=2, norm_before_residual=False, norm_output=True, ttt_steps=5),
     ModelSettings(norm_before_fc=True),
-    ModelSettings(fc_norm=True),
+    ModelSettings(fc_norm=True, train_embedding=True),
+    ModelSettings(layer_type="qwen3"),
+    ModelSettings(sliding_window=64, num_layers=2),
+    ModelSettings(layer_type="qwen3", sliding_window=64),
 ]
 
 
@@ -150,7 +167,9 @@ def test_a_config_comes_back_through_json_as_it_was(settings: ModelSettings, tmp
 
 
 def test_what_a_server_reads_says_what_was_asked_for(tmp_path: Path) -> None:
-    settings = ModelSettings(norm_before_residual=False, norm_before_fc=True, norm_output=True, ttt_steps=5)
+    settings = ModelSettings(
+        norm_before_residual=False, norm_before_fc=True, norm_output=True, ttt_steps=5, train_embedding=True
+    )
     written = build(tmp_path, VERIFIER, settings).to_speculators()
     expected = {
         "architectures": ["Eagle3DraftModel"],
@@ -160,7 +179,7 @@ def test_what_a_server_reads_says_what_was_asked_for(tmp_path: Path) -> None:
         "norm_before_fc": True,
         "fc_norm": False,
         "norm_output": True,
-        "embed_requires_grad": False,
+        "embed_requires_grad": True,
         "eagle_aux_hidden_state_layer_ids": [2, 4, 5],
         "tie_word_embeddings": False,
     }
@@ -177,9 +196,37 @@ def test_drafts_of_other_kinds_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"eagle draft with llama layers; expected eagle3 with llama") as caught:
         draft_config_from_speculators(written | {"speculators_model_type": "eagle"})
     assert caught.value.exit_code == 4
-    layer = written["transformer_layer_config"] | {"model_type": "qwen3"}
-    with pytest.raises(CheckpointError, match="eagle3 draft with qwen3 layers"):
+    layer = written["transformer_layer_config"] | {"model_type": "gemma"}
+    with pytest.raises(CheckpointError, match="eagle3 draft with gemma layers; expected eagle3 with llama or qwen3"):
         draft_config_from_speculators(written | {"transformer_layer_config": layer})
+    mixed = {"num_hidden_layers": 2, "sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"]}
+    layer = written["transformer_layer_config"] | mixed
+    with pytest.raises(CheckpointError, match="some layers have a sliding window and some have none"):
+        draft_config_from_speculators(written | {"transformer_layer_config": layer})
+
+
+@pytest.mark.parametrize(("layer_type", "missing"), [("llama", "sliding_window"), ("qwen3", "use_sliding_window")])
+def test_a_window_that_transformers_would_not_see_is_refused(layer_type: str, missing: str, tmp_path: Path) -> None:
+    settings = ModelSettings.model_validate({"layer_type": layer_type, "sliding_window": 64})
+    written = build(tmp_path, VERIFIER, settings).to_speculators()
+    layer = without(written["transformer_layer_config"], missing)
+    with pytest.raises(CheckpointError, match="sliding_attention without a sliding_window that is in use; expected"):
+        draft_config_from_speculators(written | {"transformer_layer_config": layer})
+
+
+@pytest.mark.parametrize("layer_type", ["llama", "qwen3"])
+@pytest.mark.parametrize("window", [None, 64])
+def test_layers_are_described_as_servers_read_them(layer_type: str, window: int | None, tmp_path: Path) -> None:
+    settings = ModelSettings.model_validate({"layer_type": layer_type, "sliding_window": window, "num_layers": 2})
+    draft = build(tmp_path, VERIFIER, settings)
+    layer = written_layer(draft)
+    assert layer["model_type"] == layer_type and draft.layer.has_qk_norms == (layer_type == "qwen3")
+    assert layer["rope_parameters"] == {"rope_type": "default", "rope_theta": 5e5}
+    assert draft.layer.sliding_window == window
+    if window is not None:
+        assert layer["layer_types"] == ["sliding_attention"] * 2 and layer["sliding_window"] == window
+    if layer_type == "qwen3":
+        assert layer["use_sliding_window"] == (window is not None)
 
 
 @pytest.mark.parametrize("name", ["draft_vocab_size", "norm_output", "transformer_layer_config", "speculators_config"])

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from eagle3_ray.model.verifier import VerifierTensors
 
 HIDDEN, VOCAB, KEPT = 64, 200, torch.tensor([0, 7, 50, 199])
 CONFIG = DraftConfig(
-    layer=LayerConfig.from_llama(
+    layer=LayerConfig.from_transformers(
         LlamaConfig(
             vocab_size=VOCAB,
             hidden_size=HIDDEN,
@@ -77,11 +78,14 @@ def test_everything_is_float32_on_the_cpu_with_the_names_a_checkpoint_has() -> N
     assert weights.keys() == expected
 
 
-@pytest.mark.parametrize("option", ["none", "norm_before_fc", "fc_norm"])
+@pytest.mark.parametrize("option", ["none", "norm_before_fc", "fc_norm", "qwen3"])
 def test_every_norm_is_exactly_ones(option: str) -> None:
-    config = CONFIG if option == "none" else replace(CONFIG, **{option: True})  # type: ignore[arg-type]
+    change: dict[str, Any] = {"none": {}, "qwen3": {"layer": replace(CONFIG.layer, has_qk_norms=True)}}.get(
+        option, {option: True}
+    )
+    config = replace(CONFIG, **change)
     norms = {name: weight for name, weight in make_weights(config=config).items() if is_norm(name)}
-    assert len(norms) == 6 + {"none": 0, "norm_before_fc": 1, "fc_norm": 3}[option]
+    assert len(norms) == 6 + {"none": 0, "norm_before_fc": 1, "fc_norm": 3, "qwen3": 4}[option]
     for name, weight in norms.items():
         assert torch.equal(weight, torch.ones_like(weight)), name
 

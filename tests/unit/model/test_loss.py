@@ -27,25 +27,47 @@ def random_case(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Ten
     )
 
 
-def brute_force(states: Tensor, head: Tensor, target_states: Tensor, target_head: Tensor) -> Tensor:
+def brute_force(
+    states: Tensor, head: Tensor, target_states: Tensor, target_head: Tensor, cap: float | None = None
+) -> Tensor:
     """KL [P, N] by torch's own."""
-    target = (target_states @ target_head.T).log_softmax(-1).expand(STEPS, -1, -1)
+    logits = target_states @ target_head.T
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    target = logits.log_softmax(-1).expand(STEPS, -1, -1)
     draft = (states @ head.T).log_softmax(-1)
     return torch.nn.functional.kl_div(draft, target, reduction="none", log_target=True).sum(-1)
 
 
+@pytest.mark.parametrize("cap", [None, 1.5])
 @pytest.mark.parametrize("chunk_elements", [1, STEPS * VOCAB * 4, 2**24])
-def test_loss_and_gradients_equal_the_brute_force(chunk_elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss_and_gradients_equal_the_brute_force(
+    chunk_elements: int, cap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("eagle3_ray.model.loss.CHUNK_ELEMENTS", chunk_elements)
     states, head, target_states, target_head, is_valid, weights = random_case()
-    kl = brute_force(states, head, target_states, target_head) * is_valid
+    kl = brute_force(states, head, target_states, target_head, cap) * is_valid
     expected = (kl.sum(1) * weights).sum()
-    loss, loss_sums, _ = compare_with_targets(states, head, target_states, target_head, is_valid, weights)
+    loss, loss_sums, _ = compare_with_targets(
+        states, head, target_states, target_head, is_valid, weights, target_logit_cap=cap
+    )
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     torch.testing.assert_close(loss_sums, kl.sum(1), rtol=1e-12, atol=0)
     expected_grads = torch.autograd.grad(3 * expected, (states, head))
     for found, wanted in zip(torch.autograd.grad(3 * loss, (states, head)), expected_grads, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("losses", [(("kl", 1.0),), (("ce", 0.1), ("tv", 0.9))], ids=["kl", "ce+tv"])
+def test_a_frozen_head_gets_no_gradient_and_the_states_the_same(losses: tuple[tuple[str, float], ...]) -> None:
+    states, head, target_states, target_head, is_valid, weights = random_case()
+    kept = []
+    for given in (head, head.detach()):
+        loss, _, _ = compare_with_targets(states, given, target_states, target_head, is_valid, weights, losses)
+        assert loss.grad_fn is not None
+        kept.append(loss.grad_fn.saved_tensors)  # type: ignore[attr-defined]  # of a Function in Python
+        (grad,) = torch.autograd.grad(loss, states)
+        assert torch.equal(grad, kept[0][0])
+    assert kept[0][1].shape == head.shape and kept[1][1] is None
 
 
 def test_no_gradient_is_made_when_none_is_wanted() -> None:

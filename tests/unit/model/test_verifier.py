@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
     Cohere2Config,
-    Gemma2Config,
-    Gemma3Config,
+    Gemma3nTextConfig,
     GraniteConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -30,6 +29,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3NextConfig,
+    VaultGemmaConfig,
 )
 
 from eagle3_ray.errors import VerifierError
@@ -238,6 +238,15 @@ def test_a_damaged_shard_index_is_refused(content: str, tmp_path: Path) -> None:
     assert "model.safetensors.index.json: no usable weight_map" in refusal(tmp_path)
 
 
+@pytest.mark.parametrize("file_name", ["../x.safetensors", "a/../../x", "/etc/x.safetensors", "a\\b", "", 3, None])
+def test_a_shard_index_that_reaches_out_of_the_folder_is_refused(file_name: object, tmp_path: Path) -> None:
+    path = Path(save_llama(tmp_path / "verifier"))
+    (path / "model.safetensors").rename(tmp_path / "x.safetensors")
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": file_name}}))
+    text = refusal(path)
+    assert f"index.json: says that lm_head.weight is in {file_name!r}; expected the name of a file in that" in text
+
+
 def test_weights_in_another_format_are_refused(tmp_path: Path) -> None:
     path = Path(save_llama(tmp_path))
     (path / "model.safetensors").rename(path / "pytorch_model.bin")
@@ -290,9 +299,9 @@ def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        (Gemma2Config(), "model_type gemma2: its family's norms"),
-        (Gemma2Config(), "final_logit_softcapping=30.0 changes the logits"),
-        (Gemma3Config(), "model_type gemma3_text: its family's norms"),
+        (VaultGemmaConfig(), "model_type vaultgemma: its family's norms"),
+        (VaultGemmaConfig(final_logit_softcapping=1.0), "final_logit_softcapping=1.0 changes the logits"),
+        (Gemma3nTextConfig(), "model_type gemma3n_text: its family's norms"),
         (Qwen3NextConfig(), "model_type qwen3_next: its family's norms"),
         (GraniteConfig(logits_scaling=8.0), "logits_scaling=8.0 changes the logits"),
         (Cohere2Config(), "logit_scale=0.0625 changes the logits"),

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch.distributed as dist
 
+from eagle3_ray.config import OptimizerSettings
 from eagle3_ray.errors import CheckpointError
 from eagle3_ray.storage import ObjectPath
 from eagle3_ray.training import disk_space
@@ -23,7 +24,8 @@ from eagle3_ray.training.disk_space import (
     held_bytes,
     make_room,
 )
-from eagle3_ray.training.optim import build_optimizer, set_learning_rate
+from eagle3_ray.training.ema import build_ema
+from eagle3_ray.training.optim import build_draft_optimizer, set_learning_rate
 from eagle3_ray.training.step import train_step
 from tests.unit.training.ranks import run_on_ranks
 from tests.unit.training.test_run_folder import write_checkpoint as write_whole
@@ -41,25 +43,41 @@ from tests.unit.training.world import (
 MIB = 2**20
 
 
-def store(case: str, folder: str) -> None:
+ADAMW, MUON = OptimizerSettings(), OptimizerSettings(optimizer="muon")
+AVERAGED = OptimizerSettings(ema_decay=0.9)
+
+
+def store(case: str, folder: str, settings: OptimizerSettings) -> None:
     """A checkpoint after an update. collective."""
     draft = build_draft(case)
-    optimizer = build_optimizer(draft.parameters(), 0.01)
+    optimizer, ema = build_draft_optimizer(draft, settings), build_ema(draft, settings.ema_decay)
     set_learning_rate(optimizer, 1e-3)
     rows = [*load_ready_bins(), filler()][dist.get_rank() :: dist.get_world_size()]
     train_step(draft, optimizer, load_target_head(), rows, 0, step_settings())
-    host = HostState(draft, optimizer)
+    host = HostState(draft, optimizer, ema)
     host.copy()
     write_checkpoint(Path(folder), host, load_mapping(), {})
 
 
-@pytest.mark.parametrize(("case", "num_ranks"), [("one_layer", 1), ("two_layers", 1), ("one_layer", 3)])
-def test_a_checkpoint_takes_what_was_foretold_and_little_less(case: str, num_ranks: int, tmp_path: Path) -> None:
-    run_on_ranks(num_ranks, store, tmp_path, case, str(tmp_path / "run" / "0"))
+@pytest.mark.parametrize(
+    ("case", "num_ranks", "settings"),
+    [
+        ("one_layer", 1, ADAMW),
+        ("two_layers", 1, ADAMW),
+        ("one_layer", 3, ADAMW),
+        ("one_layer", 1, MUON),
+        ("one_layer", 3, AVERAGED),
+    ],
+    ids=["one layer", "two layers", "three ranks", "muon", "averaged"],
+)
+def test_a_checkpoint_takes_what_was_foretold_and_little_less(
+    case: str, num_ranks: int, settings: OptimizerSettings, tmp_path: Path
+) -> None:
+    run_on_ranks(num_ranks, store, tmp_path, case, str(tmp_path / "run" / "0"), settings)
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     stored_bytes, foretold_bytes = (
         sum(path.stat().st_size for path in files),
-        checkpoint_bytes(load_config(case), num_ranks),
+        checkpoint_bytes(load_config(case), num_ranks, settings),
     )
     assert stored_bytes < held_bytes(tmp_path / "run") < foretold_bytes
     assert foretold_bytes - stored_bytes < REST_BYTES + PART_BYTES * 4 * 40 * num_ranks  # no more than 40 tensors

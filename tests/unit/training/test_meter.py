@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from eagle3_ray.intervals import cross_moments
 from eagle3_ray.metrics import TttSums
-from eagle3_ray.training.meter import Meter, peak_memory_bytes
+from eagle3_ray.training.meter import Meter, Spread, peak_memory_bytes
 from tests.unit.training.ranks import run_on_ranks
 
 CPU = torch.device("cpu")
@@ -119,3 +120,24 @@ def test_memory_of_a_cpu_is_the_most_that_was_resident() -> None:
     before = peak_memory_bytes(CPU)
     large = torch.ones(before // 4 + 2**24)  # float32: larger than everything so far
     assert peak_memory_bytes(CPU) > before and len(large) > 0
+
+
+def bins_of(rank: int) -> list[Tensor]:
+    """[6, P] of three bins; one of them holds nothing."""
+    return [sums_of(rank, 0), torch.zeros(6, NUM_TTT_STEPS, dtype=torch.float64), sums_of(rank, 1)]
+
+
+def spread_over_bins() -> list[list[float]]:
+    spread = Spread(NUM_TTT_STEPS, CPU)
+    for sums in bins_of(dist.get_rank()):
+        spread.add(sums)
+    moments: list[list[float]] = spread.reduce().tolist()
+    return moments
+
+
+def test_a_spread_of_two_ranks_is_that_of_all_their_bins(tmp_path: Path) -> None:
+    found: list[list[float]] = run_on_ranks(2, spread_over_bins, tmp_path)
+    totals = [TttSums.from_array(sums.numpy()) for rank in (0, 1) for sums in bins_of(rank)]
+    expected = cross_moments([t.prefix_right for t in totals], [t.prefix_count for t in totals])
+    assert found == expected.tolist()
+    assert expected[-1, -1] == 4

@@ -226,6 +226,8 @@ def test_a_checkpoint_is_told_with_its_validation_and_its_place() -> None:
         "epoch 2/20  step 240  train loss 3.142  val loss 2.718  acceptance 0.510 0.400 0.300  "
         "1.78 tokens/verification  saved /run/1"
     )
+    with_interval = describe_epoch(1, 20, 240, {**METRICS, "val/expected_tokens_ci": 0.123}, "/run/1")
+    assert "  1.78 ±0.12 tokens/verification  " in with_interval
 
 
 def test_a_checkpoint_within_an_epoch_has_no_validation_to_tell() -> None:

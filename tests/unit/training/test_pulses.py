@@ -40,6 +40,14 @@ def test_a_silent_rank_comes_before_one_that_reads_and_all_are_named_where_none_
     assert culprits(r0=computes, r1=computes) == [0, 1]
 
 
+@pytest.mark.parametrize("culprit", [Pulse(COMPUTING, 902.0, 904.0), Pulse(READING, 902.0, 999.0)])
+def test_the_culprit_is_named_though_it_was_seen_to_get_there_a_little_later_than_those_that_wait(
+    culprit: Pulse,
+) -> None:
+    waits = Pulse(COMPUTING, 899.0, 999.0)
+    assert culprits(r0=waits, r1=culprit) == [1]
+
+
 def test_a_save_may_take_as_long_as_it_takes_and_the_time_of_the_others_starts_when_it_is_over() -> None:
     pulses, saving = Pulses(), Mark(7, None, is_saving=True)
     for now_s in range(0, 1000, 50):

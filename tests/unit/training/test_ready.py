@@ -34,7 +34,7 @@ def test_layers_but_the_last_attend_from_every_index() -> None:
     everywhere = two.attend_all(queries, queries, queries, [])
     assert len(one.layout.rows) < packed.num_tokens == len(everywhere)
     rows = one.layout.rows
-    torch.testing.assert_close(one.attend_rows(queries[rows], queries, queries, []), everywhere[rows])
+    torch.testing.assert_close(one.attend_rows[0](queries[rows], queries, queries, []), everywhere[rows])
 
 
 def test_a_filler_is_one_token_that_counts_nothing() -> None:

@@ -18,7 +18,9 @@ from eagle3_ray.training.run_folder import (
     INITIAL_METRICS,
     LOCK,
     LOGGER_RUN_ID,
+    METRICS,
     PARTS,
+    PLAN,
     RAY_SNAPSHOT,
     RUN_YAML,
     CommittedCheckpoint,
@@ -27,6 +29,7 @@ from eagle3_ray.training.run_folder import (
     epoch_folder,
     find_committed,
     find_uncommitted,
+    holds_dry_run,
     latest_committed,
     point_best,
     remove_run,
@@ -83,6 +86,15 @@ def test_checkpoints_are_found_oldest_first_whatever_their_names(tmp_path: Path)
         for name, step in (("step-000095", 95), ("9", 100), ("10", 110), ("step-1234567", 1234567))
     ]
     assert latest_committed(tmp_path) == found[-1]
+
+
+def test_of_a_dry_run_nothing_is_gone_on_from(tmp_path: Path) -> None:
+    assert not holds_dry_run(tmp_path)
+    write_checkpoint(tmp_path, "step-000000", 0)
+    assert latest_committed(tmp_path) is None and holds_dry_run(tmp_path)
+    write_checkpoint(tmp_path, "0", 3)
+    newest = latest_committed(tmp_path)
+    assert newest is not None and newest.step == 3 and not holds_dry_run(tmp_path)
 
 
 def test_a_checkpoint_carries_the_metrics_and_identity_of_its_record(tmp_path: Path) -> None:
@@ -246,7 +258,7 @@ def test_starting_over_removes_what_a_run_wrote_and_leaves_the_rest(tmp_path: Pa
     (write_parts(tmp_path / "7") / "model.safetensors").unlink()
     (tmp_path / "8").mkdir()
     (tmp_path / f"{RAY_SNAPSHOT}.broken").write_text("{")
-    for name in (RUN_YAML, INITIAL_METRICS, LOGGER_RUN_ID, RAY_SNAPSHOT, ".validate_storage_marker"):
+    for name in (RUN_YAML, INITIAL_METRICS, METRICS, PLAN, LOGGER_RUN_ID, RAY_SNAPSHOT, ".validate_storage_marker"):
         (tmp_path / name).write_text("ours")
     # With one file of somebody else a folder is somebody else's.
     (write_checkpoint(tmp_path, "5", 5) / "notes.txt").write_text("mine")

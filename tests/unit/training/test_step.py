@@ -154,7 +154,8 @@ def test_v0_and_v1_of_the_same_samples_give_the_same_losses(alone: dict[str, Any
 
 def whole_state(draft: Eagle3Draft, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Weights, moments and counts of steps, of all ranks. collective."""
-    state = gather_weights(draft, torch.float32)
+    # Copies: one rank alone gets the weights themselves, which the next update changes.
+    state = {name: weight.clone() for name, weight in gather_weights(draft, torch.float32).items()}
     for number, kept in enumerate(optimizer.state.values()):
         for key, tensor in kept.items():
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from eagle3_ray.metrics import METRICS, VAL
 from eagle3_ray.training.job import TrainJob
+from eagle3_ray.training.metrics_file import MetricsFile
 from eagle3_ray.training.rank import open_rank_loggers
 from eagle3_ray.training.run_folder import COMMITTED, PARTS, RECORD
 from eagle3_ray.training.telemetry import RayGauges, gauge_labels, gauge_name, last_validation
@@ -33,7 +34,7 @@ def test_a_gauge_is_named_by_part_meaning_and_unit() -> None:
 
 def test_only_numbers_of_single_ttt_steps_carry_the_step_as_a_label() -> None:
     numbered = {metric.pattern for metric in METRICS if "ttt_step" in gauge_labels(metric)}
-    assert numbered == {"loss_{k}", "accuracy_{k}", "cond_acc_{k}"}
+    assert numbered == {"loss_{k}", "accuracy_{k}", "cond_acc_{k}", "acceptance_{k}", "acceptance_ci_{k}"}
 
 
 def read_gauges(run: str) -> dict[str, dict[tuple[str, str], float]]:
@@ -105,7 +106,8 @@ def test_the_first_rank_of_a_restarted_run_exports_that_validation_at_once_and_t
     make_checkpoint(tmp_path / "run" / "0", 3, {"train/loss": 3.0, "val/loss": 3.5, "val/loss_0": 1.0})
     for number, name in ((0, "first"), (1, "second")):
         job = cast(TrainJob, SimpleNamespace(settings=make_settings(tmp_path, run_name=name)))  # the part that is read
-        open_rank_loggers(job, number, 3).log({"train/loss": 2.0}, 4)
+        metrics_file = MetricsFile(tmp_path / "run" / "metrics.jsonl", 3) if number == 0 else None
+        open_rank_loggers(job, metrics_file, 3).log({"train/loss": 2.0}, 4)
     save_path = str(tmp_path / "run")
     expected = {
         "ray_eagle3_val_loss_nats": {(save_path, ""): 3.5},

@@ -1,7 +1,9 @@
 """The recorded world of `tests/parity` as bins and sharded drafts, for tests of the training step."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,10 +72,13 @@ def load_target_head(is_normed: bool = False) -> TargetHead:
     )
 
 
-def build_draft(case: str = "one_layer", dtype: torch.dtype = torch.float32) -> Eagle3Draft:
-    """The recorded initial draft, sharded over the ranks of the process group; filled from rank 0 alone."""
+def build_draft(case: str = "one_layer", dtype: torch.dtype = torch.float32, **parts: Any) -> Eagle3Draft:
+    """The recorded initial draft, sharded over the ranks of the process group; filled from rank 0 alone.
+
+    `parts` are fields of its config: what is trained of it.
+    """
     weights = load_weights(case) if torch.distributed.get_rank() == 0 else None
-    return build_sharded_draft(load_config(case), weights, CPU, dtype)
+    return build_sharded_draft(replace(load_config(case), **parts), weights, CPU, dtype)
 
 
 def step_settings(noise_std: float = 0.0, num_ttt_steps: int = 3) -> StepSettings:
