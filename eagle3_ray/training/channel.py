@@ -72,9 +72,9 @@ class ChannelActor:
             await asyncio.wait_for(self._stop_ordered.wait(), LISTEN_S)
         return self._stop_ordered.is_set()
 
-    async def pulse(self, group: str, rank: int, mark: Mark, timeout_s: float) -> list[Stuck]:
+    async def pulse(self, group: str, num_ranks: int, rank: int, mark: Mark, timeout_s: float) -> list[Stuck]:
         """Take note of where a rank is; as `Pulses.take`."""
-        return self._pulses.take(group, rank, mark, time.monotonic(), timeout_s)
+        return self._pulses.take(group, num_ranks, rank, mark, time.monotonic(), timeout_s)
 
 
 class Channel:
@@ -127,11 +127,11 @@ class Channel:
 
         threading.Thread(target=listen, name="stop", daemon=True).start()
 
-    def pulse(self, group: str, rank: int, mark: Mark, timeout_s: float) -> list[Stuck]:
+    def pulse(self, group: str, num_ranks: int, rank: int, mark: Mark, timeout_s: float) -> list[Stuck]:
         """Tell where a rank is, and learn who is stuck; nobody if the driver is gone, and so will be this worker."""
         stuck: list[Stuck] = []
         with contextlib.suppress(RayError):
-            stuck = ray.get(self._actor.pulse.remote(group, rank, mark, timeout_s))
+            stuck = ray.get(self._actor.pulse.remote(group, num_ranks, rank, mark, timeout_s))
         return stuck
 
     def close(self) -> None:

@@ -53,19 +53,24 @@ class Stuck(NamedTuple):
 
 
 class Pulses:
-    """What all ranks of a group of workers told last; a new group, after a restart, starts anew."""
+    """What all ranks of a group of workers told last; a new group, after a restart, starts anew.
+
+    When the first of a group is heard, all others are taken to be where it is: one that stands still before it was ever
+    heard is named too.
+    """
 
     def __init__(self) -> None:
         self._group = ""
         self._by_rank: dict[int, Pulse] = {}
 
-    def take(self, group: str, rank: int, mark: Mark, now_s: float, timeout_s: float) -> list[Stuck]:
-        """Take note of where a rank is, and return who is stuck: nobody, or the culprits among all ranks heard of.
+    def take(self, group: str, num_ranks: int, rank: int, mark: Mark, now_s: float, timeout_s: float) -> list[Stuck]:
+        """Take note of where a rank is, and return who is stuck: nobody, or the culprits among all `num_ranks` ranks.
 
         Only one rank is told, once: it ends the group.
         """
         if group != self._group:
-            self._group, self._by_rank = group, {}
+            self._group = group
+            self._by_rank = dict.fromkeys(range(num_ranks), Pulse(mark, now_s, now_s))
         known = self._by_rank.get(rank)
         since_s = known.since_s if known is not None and known.mark == mark else now_s
         self._by_rank[rank] = Pulse(mark, since_s, now_s)

@@ -53,7 +53,7 @@ class Watch:
 
     def _tell(self) -> None:
         while not self._is_over.wait(min(self._timeout_s / PULSES_A_TIMEOUT, LONGEST_PULSE_S)):
-            stuck = self._channel.pulse(self._group, self._number, self._mark, self._timeout_s)
+            stuck = self._channel.pulse(self._group, dist.get_world_size(), self._number, self._mark, self._timeout_s)
             if stuck and not self._is_over.is_set():
                 self._channel.tell(
                     Note("\n".join(map(self._describe, stuck)), "hung", {"ranks": [s.rank for s in stuck]})

@@ -16,10 +16,12 @@ from pathlib import Path
 
 import pytest
 
+from eagle3_ray.training.metrics_file import read_points
+from eagle3_ray.training.run_folder import METRICS
 from tests.makers import write_samples
 from tests.observability.dashboard import LOGGED_AS, QUERIES, VARIABLES, fill_in, gauges_of
 from tests.observability.servers import ROOT, SCRAPE_EVERY_S, Head, Prometheus, prometheus, ray_head, wait_for
-from tests.runs import LENGTHS, SHAPE, make_settings, read_metrics
+from tests.runs import LENGTHS, SHAPE, make_settings
 
 METADATA = {"run": "seen-from-outside", "verifier": "small"}
 OURS = '{__name__=~"ray_eagle3_.+"}'
@@ -49,14 +51,15 @@ class Seen:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """What the run measured last, in training and in validation."""
-        return read_metrics(self.save_path / "1")
+        """The last of each number that the run measured, in training and in validation; a gauge keeps it."""
+        points, _ = read_points(self.save_path / METRICS)
+        return {name: value for point in points for name, value in point.metrics.items()}
 
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
     folder = tmp_path_factory.mktemp("seen")
-    write_samples(folder / "data", LENGTHS, **SHAPE)
+    write_samples(folder / "data", 2 * LENGTHS, **SHAPE)  # several bins to validate with have an interval
     settings = make_settings(folder, num_workers=2, run_name="seen-from-outside")
     (folder / "train.yaml").write_text(json.dumps(settings.model_dump(mode="json", exclude={"config"})))
     with ExitStack() as stack:
@@ -115,15 +118,29 @@ def test_the_dashboard_offers_the_one_session_and_run_there_was(history: History
     assert chosen_by_variable(history, "run", {"session": "session_of_another_cluster"}) == []
 
 
-@pytest.mark.parametrize("query", QUERIES, ids=lambda query: gauges_of(query)[0])
-def test_a_query_of_the_dashboard_returns_what_the_run_stored_with_its_last_checkpoint(
-    seen: Seen, history: History, query: str
-) -> None:
-    (gauge,) = gauges_of(query)
+def stored(gauge: str, metrics: dict[str, float]) -> dict[str, float]:
+    """What a run measured and exports as a gauge, by TTT step if it has one of each."""
     logged_as = re.escape(LOGGED_AS[gauge]).replace(re.escape("{k}"), "([0-9]+)")
-    matches = {name: re.fullmatch(logged_as, name) for name in seen.metrics}
-    expected = {(m[1] if m.groups() else ""): seen.metrics[name] for name, m in matches.items() if m}
-    assert expected, f"{LOGGED_AS[gauge]} was not measured"
+    matches = {name: re.fullmatch(logged_as, name) for name in metrics}
+    found = {(m[1] if m.groups() else ""): metrics[name] for name, m in matches.items() if m}
+    assert found, f"{LOGGED_AS[gauge]} was not measured"
+    return found
+
+
+def worth(query: str, metrics: dict[str, float]) -> dict[str, float]:
+    """What a query is to return: a gauge, or one less or more another, such as half the width of its interval."""
+    gauge, *others = gauges_of(query)
+    values = stored(gauge, metrics)
+    for other in others:
+        (sign,) = re.findall(rf"}} ([-+]) {other}\{{", query)
+        change = stored(other, metrics)
+        values = {step: value - change[step] if sign == "-" else value + change[step] for step, value in values.items()}
+    return values
+
+
+@pytest.mark.parametrize("query", QUERIES, ids=lambda query: gauges_of(query)[0])
+def test_a_query_of_the_dashboard_returns_what_the_run_measured_last(seen: Seen, history: History, query: str) -> None:
+    expected = worth(query, seen.metrics)
     (session,) = chosen_by_variable(history, "session", {})
     for values in ({"session": ".*", "run": ".*"}, {"session": session, "run": "seen-from-outside"}):
         series = history.server.ask(fill_in(query, values), history.time_s)
@@ -150,7 +167,7 @@ def test_the_job_page_says_what_was_given_with_the_job(seen: Seen) -> None:
 def test_a_driver_that_joins_by_itself_says_its_run_on_the_job_page(seen: Seen) -> None:
     """The run is complete, so that nothing is trained."""
     command = [sys.executable, "-m", "eagle3_ray", "train", "--config", str(seen.folder / "train.yaml")]
-    assert "done: 6 steps" in seen.head.do(command, RAY_ADDRESS=seen.head.gcs_address)
+    assert "done: 10 steps" in seen.head.do(command, RAY_ADDRESS=seen.head.gcs_address)
     (job,) = [job for job in seen.head.get("/api/jobs/") if job["type"] == "DRIVER"]
     assert job["metadata"] == {
         "run": "seen-from-outside",

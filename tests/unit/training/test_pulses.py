@@ -51,34 +51,41 @@ def test_the_culprit_is_named_though_it_was_seen_to_get_there_a_little_later_tha
 def test_a_save_may_take_as_long_as_it_takes_and_the_time_of_the_others_starts_when_it_is_over() -> None:
     pulses, saving = Pulses(), Mark(7, None, is_saving=True)
     for now_s in range(0, 1000, 50):
-        assert pulses.take("a", 0, saving, now_s, TIMEOUT_S) == []
-        assert pulses.take("a", 1, COMPUTING, now_s + 1, TIMEOUT_S) == []
-    assert pulses.take("a", 0, COMPUTING, 1000, TIMEOUT_S) == []
-    assert pulses.take("a", 1, COMPUTING, 1049, TIMEOUT_S) == []
-    (stuck,) = pulses.take("a", 0, Mark(8, None), 1060, TIMEOUT_S)
+        assert pulses.take("a", 2, 0, saving, now_s, TIMEOUT_S) == []
+        assert pulses.take("a", 2, 1, COMPUTING, now_s + 1, TIMEOUT_S) == []
+    assert pulses.take("a", 2, 0, COMPUTING, 1000, TIMEOUT_S) == []
+    assert pulses.take("a", 2, 1, COMPUTING, 1049, TIMEOUT_S) == []
+    (stuck,) = pulses.take("a", 2, 0, Mark(8, None), 1060, TIMEOUT_S)
     assert stuck.rank == 1 and stuck.for_s == 109
 
 
 def test_a_process_that_stands_still_is_named_though_another_saves() -> None:
     pulses, saving = Pulses(), Mark(7, None, is_saving=True)
-    pulses.take("a", 1, COMPUTING, 0, TIMEOUT_S)
+    pulses.take("a", 2, 1, COMPUTING, 0, TIMEOUT_S)
     for now_s in (0, 50, 100):
-        assert pulses.take("a", 0, saving, now_s, TIMEOUT_S) == []
-    assert [stuck.rank for stuck in pulses.take("a", 0, saving, 101, TIMEOUT_S)] == [1]
+        assert pulses.take("a", 2, 0, saving, now_s, TIMEOUT_S) == []
+    assert [stuck.rank for stuck in pulses.take("a", 2, 0, saving, 101, TIMEOUT_S)] == [1]
 
 
 def test_progress_starts_the_time_anew_and_one_rank_is_told_once() -> None:
     pulses = Pulses()
-    assert pulses.take("a", 0, COMPUTING, 0.0, TIMEOUT_S) == []
-    assert pulses.take("a", 1, READING, 10.0, TIMEOUT_S) == []
-    assert pulses.take("a", 0, Mark(8, None), 90.0, TIMEOUT_S) == []
-    assert pulses.take("a", 1, READING, 109.0, TIMEOUT_S) == []
-    assert pulses.take("a", 0, Mark(8, None), 115.0, TIMEOUT_S) == [Stuck(1, READING, 105.0, False)]
-    assert pulses.take("a", 0, Mark(8, None), 116.0, TIMEOUT_S) == []
+    assert pulses.take("a", 2, 0, COMPUTING, 0.0, TIMEOUT_S) == []
+    assert pulses.take("a", 2, 1, READING, 10.0, TIMEOUT_S) == []
+    assert pulses.take("a", 2, 0, Mark(8, None), 90.0, TIMEOUT_S) == []
+    assert pulses.take("a", 2, 1, READING, 109.0, TIMEOUT_S) == []
+    assert pulses.take("a", 2, 0, Mark(8, None), 115.0, TIMEOUT_S) == [Stuck(1, READING, 105.0, False)]
+    assert pulses.take("a", 2, 0, Mark(8, None), 116.0, TIMEOUT_S) == []
 
 
 def test_workers_that_were_started_again_are_not_held_to_what_others_told_before() -> None:
     pulses = Pulses()
-    pulses.take("a", 0, COMPUTING, 0.0, TIMEOUT_S)
-    assert pulses.take("b", 1, Mark(3, None, is_reading=True), 500.0, TIMEOUT_S) == []
-    assert pulses.take("b", 1, Mark(3, None, is_reading=True), 599.0, TIMEOUT_S) == []
+    pulses.take("a", 2, 0, COMPUTING, 0.0, TIMEOUT_S)
+    assert pulses.take("b", 2, 1, Mark(3, None, is_reading=True), 500.0, TIMEOUT_S) == []
+    assert pulses.take("b", 2, 1, Mark(3, None, is_reading=True), 599.0, TIMEOUT_S) == []
+
+
+def test_a_rank_that_stands_still_before_it_was_ever_heard_is_named() -> None:
+    pulses = Pulses()
+    for now_s in (0, 50, 100):
+        assert pulses.take("a", 2, 0, COMPUTING, now_s, TIMEOUT_S) == []
+    assert pulses.take("a", 2, 0, COMPUTING, 101, TIMEOUT_S) == [Stuck(1, COMPUTING, 101, True)]
