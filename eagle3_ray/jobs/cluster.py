@@ -87,7 +87,7 @@ def _start_local(num_cpus: int) -> None:
                 logging_level=logging.WARNING,
                 log_to_driver=False,  # what concerns the user is told by the driver; the rest is in Ray's logs
             )
-    except RAY_INIT_ERRORS as error:
+    except Exception as error:  # nothing narrower: so Ray tells of a node that is not up in 30 s
         raise ClusterError(
             f"no local Ray with {num_cpus} CPUs could be started ({_first_line(error)}). "
             "Look into /tmp/ray/session_latest/logs."

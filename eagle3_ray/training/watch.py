@@ -35,7 +35,7 @@ class Watch:
         """collective: every rank calls it."""
         group = [uuid.uuid4().hex]
         dist.broadcast_object_list(group)
-        self._group = group[0]
+        self._group, self._num_ranks = group[0], dist.get_world_size()
         self._channel, self._number, self._timeout_s, self._describe_bins = channel, number, timeout_s, describe_bins
         self._mark = Mark(0, None)
         self._is_over = threading.Event()
@@ -53,7 +53,7 @@ class Watch:
 
     def _tell(self) -> None:
         while not self._is_over.wait(min(self._timeout_s / PULSES_A_TIMEOUT, LONGEST_PULSE_S)):
-            stuck = self._channel.pulse(self._group, dist.get_world_size(), self._number, self._mark, self._timeout_s)
+            stuck = self._channel.pulse(self._group, self._num_ranks, self._number, self._mark, self._timeout_s)
             if stuck and not self._is_over.is_set():
                 self._channel.tell(
                     Note("\n".join(map(self._describe, stuck)), "hung", {"ranks": [s.rank for s in stuck]})

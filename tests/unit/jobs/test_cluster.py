@@ -102,6 +102,17 @@ def test_cluster_that_cannot_be_joined_is_told_at_once(monkeypatch: pytest.Monke
     assert str(info.value).endswith("Correct it, start the cluster, or unset it to run on this machine alone.")
 
 
+def test_a_local_ray_that_is_not_up_in_time_is_no_bug_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    def time_out(**_: object) -> None:
+        raise Exception("The current node timed out during startup. This could happen because ...")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", time_out)
+    with pytest.raises(ClusterError, match=r"no local Ray with \d+ CPUs could be started \(The current node timed out"):
+        ray_session().__enter__()
+
+
 def test_a_ray_that_is_joined_already_is_used_and_left(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # would fail, if it were looked at
     with ray_session():
