@@ -103,8 +103,9 @@ LIBRARIES: dict[str, set[str]] = {
 
 HEAVY = {"torch", "ray", "transformers", "numpy", "pandas", "pyarrow", "safetensors"}
 NAMES_THAT_SAY_NOTHING = {"utils", "util", "common", "helpers", "helper", "base", "misc", "tools"}
-# A thread of theirs hands every error to the one that waits for it, which raises it.
-FORWARDS_EVERY_ERROR = {"background", "data.pipeline"}
+# A thread of the first two hands every error to the one that waits for it, which raises it; the third raises one of
+# its own for whatever Ray raises while it starts, which is a bare Exception for a node that is not up in time.
+FORWARDS_EVERY_ERROR = {"background", "data.pipeline", "jobs.cluster"}
 
 
 def name_of(path: Path) -> str:
