@@ -6,7 +6,8 @@ ARGS ?=
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 SHORT_DEMO := build/demo-short
-ALONE := faults observability containers k8s gpu test_benchmarks.py
+ALONE := $(patsubst %,faults/test_%.py,elastic hang kills nodes preemption strangers) \
+	observability containers k8s gpu test_benchmarks.py
 
 VARIANT ?= gpu
 IMAGE ?= eagle3-ray:$(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' eagle3_ray/__init__.py)
