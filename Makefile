@@ -38,7 +38,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --no-input --progress-bar off -c constraints.txt -e '.[dev]'
 	@touch $@
 
-# What must have the machine to itself, as it kills, waits for or serves something, is tested after all else.
+# What must have the machine to itself, as it goes by the clock, takes nodes away or serves something, comes last.
 test: $(INSTALLED) ## run all tests; ARGS='tests/unit -k name' for some
 ifeq ($(strip $(ARGS)),)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ALONE:%=--ignore=tests/%)

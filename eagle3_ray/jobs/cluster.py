@@ -87,7 +87,10 @@ def _start_local(num_cpus: int) -> None:
                 logging_level=logging.WARNING,
                 log_to_driver=False,  # what concerns the user is told by the driver; the rest is in Ray's logs
             )
-    except Exception as error:  # nothing narrower: so Ray tells of a node that is not up in 30 s
+    except Exception as error:
+        # A bare Exception is how Ray tells of a node that is not up in 30 s; any other kind is a bug.
+        if type(error) is not Exception and not isinstance(error, RAY_INIT_ERRORS):
+            raise
         raise ClusterError(
             f"no local Ray with {num_cpus} CPUs could be started ({_first_line(error)}). "
             "Look into /tmp/ray/session_latest/logs."

@@ -113,6 +113,17 @@ def test_a_local_ray_that_is_not_up_in_time_is_no_bug_of_ours(monkeypatch: pytes
         ray_session().__enter__()
 
 
+def test_a_bug_in_the_start_of_a_local_ray_is_not_told_as_the_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**_: object) -> None:
+        raise TypeError("init() got an unexpected keyword argument")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", fail)
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        ray_session().__enter__()
+
+
 def test_a_ray_that_is_joined_already_is_used_and_left(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # would fail, if it were looked at
     with ray_session():

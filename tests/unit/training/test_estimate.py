@@ -29,10 +29,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def most_held_bytes(profile: torch.profiler.profile) -> int:
-    """The most that was held beyond what was there before, by the allocator's own count at each of its records.
-
-    Sums over the records in the order of their times can be wrong: cores' clocks may differ.
-    """
+    """The most that was held beyond what was there before, by the allocator's own count at each of its records."""
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
     waiting, records = profile.profiler.kineto_results.experimental_event_tree(), []
     while waiting:
