@@ -152,6 +152,7 @@ class ObjectPath:
         # Whole in memory first, and in a thread, where no signal interrupts it: a stream that is closed half-way stores
         # what it has, be it nothing.
         with telling(self, may_be_absent=False), ThreadPoolExecutor(1) as pool:
+            pool.submit(int).result()  # a pool that a signal interrupts while it starts its thread does not wait for it
             pool.submit(self._store, content).result()
         return len(content)
 

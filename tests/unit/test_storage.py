@@ -139,23 +139,28 @@ def test_names_that_would_lead_out_of_a_folder_are_passed_over(s3_bucket: Object
     assert [entry.name for entry in list_objects(s3_bucket / tmp_path.name)] == ["a.txt"]
 
 
+@pytest.mark.parametrize("is_early", [True, False], ids=["before its stream is open", "once it is"])
 def test_a_signal_while_an_object_is_written_leaves_it_whole(
-    s3_bucket: ObjectPath, monkeypatch: pytest.MonkeyPatch
+    is_early: bool, s3_bucket: ObjectPath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     filesystem = s3_bucket.filesystem
 
     class Signalling:
-        """The store's client; a signal comes once a stream is open."""
+        """The store's client; a signal comes while a stream is opened."""
 
         def open_output_stream(self, key: str) -> Any:
+            if is_early:
+                os.kill(os.getpid(), signal.SIGTERM)
             stream = filesystem.open_output_stream(key)
-            os.kill(os.getpid(), signal.SIGTERM)
+            if not is_early:
+                os.kill(os.getpid(), signal.SIGTERM)
             return stream
 
     with monkeypatch.context() as patched, pytest.raises(Stopped), stop_signals():
         patched.setattr("eagle3_ray.storage._open_filesystem", lambda scheme: Signalling())
         (s3_bucket / "written").write_bytes(b"whole")
     assert (s3_bucket / "written").read_bytes() == b"whole"
+    (s3_bucket / "written").unlink()
 
 
 @pytest.mark.parametrize("content", [None, "{}"], ids=["absent", "no key"])
